@@ -1,0 +1,263 @@
+"""The method contract: what a continual-learning method may do, and when.
+
+A method is one class with one config dataclass, in one file. The hooks, in the order in which they run for one task:
+
+    prepare_task(ctx, rows)        rank 0 only, before training: the rows to train on (replay mixes old ones in)
+    prepare_model(ctx, model)      after the tuner is built, before the optimizer: adapters to add, freeze, merge
+    train_begin(ctx)               every rank, with the final model: load the state of earlier tasks, check it
+      window(ctx, batches)         once per optimizer step, before its micro-batches: counts over the whole window
+      loss(ctx, model, inputs, loss, outputs)   once per micro-batch: returns the extra term to add, or None
+      gradients(ctx, grads)        once per optimizer step, on reduced and unscaled gradients, before clipping
+      after_step(ctx)              once per applied optimizer step: averages of weights
+      checkpoint_state(ctx)        with every checkpoint: what a resumed run needs (restore_checkpoint gets it back)
+    end_task(ctx)                  every rank, model still alive: the state that the next task needs
+    export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
+    route(ctx, request)            only for methods that choose an adapter at inference
+
+A method never asks which engine runs it: gradients, weights and reductions come from `TaskContext`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from swift_cl.errors import UserError
+from swift_cl.io import MethodState
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+TrainingRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Support:
+    """What a method supports; anything else is refused before a model is loaded.
+
+    Attributes:
+        tuners: values of `--tuner_type`.
+        deepspeed: ZeRO stages.
+        zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
+        packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
+    """
+
+    tuners: tuple[str, ...] = ("lora", "full")
+    deepspeed: tuple[int, ...] = (0, 1, 2, 3)
+    full_deepspeed: tuple[int, ...] = (0, 1, 2, 3)
+    zero0_low_precision: bool = True
+    packing: bool = True
+    quantized: bool = True
+    streaming: bool = False
+    sequence_parallel: bool = True
+    liger: bool = True
+
+
+@dataclass
+class MethodConfig:
+    """Base of the config dataclasses. Field `x` of method `m` is the flag `--m_x`; the help text is in its metadata.
+
+    `validate` checks ranges; it runs before anything is loaded.
+    """
+
+    def validate(self) -> None:
+        """Raise `UserError` through `fail` for a value out of range."""
+
+    def fail(self, method: str, name: str, allowed: str) -> None:
+        """Refuse the value of a field."""
+        raise UserError(f"--{method}_{name} is {getattr(self, name)!r}, allowed: {allowed}")
+
+
+def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A config field with its help text (the one source for `--help` and for the method's page)."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = tuple(choices)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Gradients(Protocol):
+    """Gradients of one optimizer step: reduced over ranks and micro-batches, without loss scale, before clipping."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trained parameters, the same and in the same order on every rank."""
+
+    def __getitem__(self, name: str) -> "Tensor":
+        """The full gradient in fp32; read-only."""
+
+    def __setitem__(self, name: str, value: "Tensor") -> None:
+        """Replace the gradient; what is not set stays bit-identical."""
+
+    def flat(self) -> "Tensor":
+        """All gradients as one fp32 vector, in the order of `names`."""
+
+    def set_flat(self, vector: "Tensor") -> None:
+        """Replace all gradients from one vector."""
+
+
+@dataclass(frozen=True)
+class EarlierTask:
+    """A finished stage that this task builds on."""
+
+    task: str
+    dir: Path
+    weights_dir: Path
+    state_dir: Path
+
+
+class TaskContext(Protocol):
+    """What a method sees of the run.
+
+    Attributes:
+        task: name of the current task.
+        earlier: finished stages, oldest first (for a lone `swift-cl sft` with `--cl_previous`, found by following
+            each stage's `started_from`).
+        seed: the run's seed.
+        rank, world_size: of the data-parallel group.
+        device: where the model lives.
+        system: the stage's system prompt, None for the template's default.
+        model: the model as transformers sees it, unwrapped (a PeftModel for LoRA).
+        module_for_forward: the unwrapped module to run extra forwards on (same weights, no reducer hooks).
+        parameters: trained parameters by name, without wrapper prefixes and adapter name.
+        step: number of optimizer steps done.
+        max_steps: number of optimizer steps of the task.
+        is_logging_step: whether values logged now will be shown.
+    """
+
+    task: str
+    earlier: list[EarlierTask]
+    seed: int
+    rank: int
+    world_size: int
+    device: Any
+    system: str | None
+    model: Any
+    parameters: "Mapping[str, nn.Parameter]"
+    step: int
+    max_steps: int
+    is_logging_step: bool
+
+    @property
+    def task_index(self) -> int:
+        """0-based position of the current task."""
+
+    @property
+    def module_for_forward(self) -> Any: ...
+
+    def weights(self) -> "dict[str, Tensor]":
+        """Full fp32 weights of the trained parameters; may alias the live ones, so never write to them."""
+
+    def training_rows(self) -> list[TrainingRow]:
+        """This task's own rows (no replayed ones) in ms-swift's messages format, system prompt in place."""
+
+    def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
+        """Rows through the training template; a row that the template would drop gives an empty dict."""
+
+    def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
+        """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
+
+    def statistics_mode(self) -> AbstractContextManager[None]:
+        """Dropout off, everything else as in training (checkpointing stays on), under the Trainer's autocast."""
+
+    def token_mean(self, total: "Tensor", count: "Tensor | int") -> "Tensor":
+        """Scale a sum over the micro-batch's label tokens like the Trainer's cross-entropy (rule R1).
+
+        Args:
+            total: sum over tokens of a per-token term.
+            count: number of label tokens in the micro-batch; used when the Trainer gives no window count.
+        """
+
+    def window_mean(self, total: "Tensor", window_count: "Tensor") -> "Tensor":
+        """As `token_mean`, for another token set whose global count over the window is `window_count`."""
+
+    def all_reduce_sum(self, tensor: "Tensor") -> "Tensor":
+        """Sum over ranks, in place where there are several; the same tensor otherwise."""
+
+    def previous_state(self) -> MethodState:
+        """The state that this method wrote at the end of the previous task.
+
+        Raises:
+            UserError: it is missing or damaged, with the file named.
+        """
+
+    def log(self, name: str, value: "Tensor | float") -> None:
+        """Show a value under `train/<name>`: averaged between logging steps, no device synchronisation here."""
+
+    def notice(self, message: str) -> None:
+        """One warning line, on rank 0."""
+
+
+class Method:
+    """Base of all methods; every hook does nothing unless overridden.
+
+    Class attributes:
+        name: the value of `--cl_method` and the prefix of its flags.
+        title, paper: for listings and pages.
+        config_class: its config dataclass.
+        support: what it supports.
+        needs_nonreentrant_checkpointing: calls torch.autograd.grad, which reentrant checkpointing forbids.
+        needs_rows: uses the rows as data (refuses streaming data sets).
+        needs_logits: reads the model's logits in `loss`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str] = ""
+    config_class: ClassVar[type[MethodConfig]] = MethodConfig
+    support: ClassVar[Support] = Support()
+    needs_nonreentrant_checkpointing: ClassVar[bool] = False
+    needs_rows: ClassVar[bool] = False
+    needs_logits: ClassVar[bool] = False
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
+        """The rows to train on. Runs on rank 0 before the model is prepared (`ctx.model` is not there yet)."""
+        return rows
+
+    def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
+        """Add or freeze parts of the model."""
+        return model
+
+    def train_begin(self, ctx: TaskContext) -> None:
+        """Load the state of earlier tasks and check that it fits."""
+
+    def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
+        """See all micro-batches of the coming optimizer step."""
+
+    def loss(
+        self, ctx: TaskContext, model: Any, inputs: Mapping[str, Any], loss: "Tensor", outputs: Any
+    ) -> "Tensor | None":
+        """An extra term for this micro-batch, scaled by `ctx.token_mean`; None for no term."""
+        return None
+
+    def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
+        """Read or change the gradient of this optimizer step."""
+
+    def after_step(self, ctx: TaskContext) -> None:
+        """Runs after an optimizer step was applied (not after one that the loss scaler skipped)."""
+
+    def checkpoint_state(self, ctx: TaskContext) -> MethodState | None:
+        """What must be stored with a checkpoint so that a resumed run equals an uninterrupted one."""
+        return None
+
+    def restore_checkpoint(self, ctx: TaskContext, state: MethodState) -> None:
+        """Take back what `checkpoint_state` stored; called after `train_begin`."""
+
+    def end_task(self, ctx: TaskContext) -> MethodState | None:
+        """State for the next task. Runs on every rank; what rank 0 returns is written."""
+        return None
+
+    def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
+        """The weights to keep, by the names of `ctx.parameters`; unchanged by default."""
+        return tensors
+
+
+def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """(flag name without dashes, config field) of a method."""
+    for field in dataclasses.fields(method.config_class):
+        yield f"{method.name}_{field.name}", field

@@ -1,0 +1,158 @@
+"""A benchmark file: which tasks there are, in which orders they are learned, and how answers are scored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from swift_cl.errors import UserError, did_you_mean
+from swift_cl.stream.readers import formats, read_rows
+from swift_cl.stream.rows import Row
+
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream.
+
+    Attributes:
+        name: also the name of its column, and part of its stage's folder name.
+        train, test: data files.
+        file_format: the reader, see `swift_cl.stream.readers`.
+        system: the system prompt of the stage that learns this task; None for the template's default.
+        scorers: scorer names for this task, or empty where the benchmark's apply.
+        train_limit, test_limit: only the first so many rows.
+    """
+
+    name: str
+    train: Path
+    test: Path
+    file_format: str = "messages"
+    system: str | None = None
+    scorers: tuple[str, ...] = ()
+    train_limit: int | None = None
+    test_limit: int | None = None
+
+    def train_rows(self) -> list[Row]:
+        """The rows to learn from."""
+        return read_rows(self.train, self.file_format, self.train_limit)
+
+    def test_rows(self) -> list[Row]:
+        """The rows to ask."""
+        return read_rows(self.test, self.file_format, self.test_limit)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Tasks, orders, scorers and generation settings, as read from a benchmark file."""
+
+    name: str
+    path: Path
+    tasks: Mapping[str, Task]
+    orders: Mapping[str, tuple[str, ...]]
+    scorers: tuple[str, ...]
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    def order(self, name: str | None = None) -> list[Task]:
+        """The tasks of an order; without a name, of `default`, or of the only one there is."""
+        if name is None:
+            name = "default" if "default" in self.orders else next(iter(self.orders))
+        if name not in self.orders:
+            hint = did_you_mean(name, list(self.orders))
+            raise UserError(f"{self.path}: order {name!r} is unknown, allowed: {', '.join(self.orders)}{hint}")
+        return [self.tasks[task] for task in self.orders[name]]
+
+
+class _TaskModel(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: TaskName
+    train: str
+    test: str
+    format: str | None = None
+    system: str | None = None
+    scorers: list[str] = []
+    train_limit: int | None = Field(default=None, ge=1)
+    test_limit: int | None = Field(default=None, ge=1)
+
+
+class BenchmarkModel(BaseModel):
+    """The schema of a benchmark file; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: TaskName
+    format: str = "messages"
+    data_dir: str | None = None
+    tasks: list[_TaskModel] = Field(min_length=1)
+    orders: dict[str, list[str]] = {}
+    scorers: list[str] = ["similarity"]
+    generation: dict[str, Any] = {}
+
+
+def explain(path: Path, error: ValidationError) -> UserError:
+    """The first problem of a validation as one line that names the key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    found = "" if first["type"] in ("missing", "extra_forbidden") else f", found {first.get('input')!r}"
+    return UserError(f"{path}: {key}: {first['msg']}{found}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; a missing or malformed file is a `UserError`."""
+    if not path.is_file():
+        raise UserError(f"{path}: file not found")
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a mapping at the top, found {type(value).__name__}")
+    return value
+
+
+def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
+    """Read a benchmark file.
+
+    Args:
+        path: the YAML file, or a folder that holds `benchmark.yaml`.
+        data_dir: where the data files are; default: `data_dir` in the file, else the file's own folder.
+
+    Raises:
+        UserError: an unknown key, format or task, a task named twice, or a task missing from an order's data.
+    """
+    if path.is_dir():
+        path = path / "benchmark.yaml"
+    try:
+        model = BenchmarkModel.model_validate(read_yaml(path))
+    except ValidationError as error:
+        raise explain(path, error) from None
+    root = data_dir or (path.parent / (model.data_dir or ".")).resolve()
+    tasks: dict[str, Task] = {}
+    for entry in model.tasks:
+        file_format = entry.format or model.format
+        if file_format not in formats():
+            hint = did_you_mean(file_format, formats())
+            raise UserError(f"{path}: format {file_format!r} is unknown, allowed: {', '.join(formats())}{hint}")
+        if entry.name in tasks:
+            raise UserError(f"{path}: task {entry.name!r} is defined twice")
+        tasks[entry.name] = Task(
+            entry.name,
+            root / entry.train,
+            root / entry.test,
+            file_format,
+            entry.system,
+            tuple(entry.scorers),
+            entry.train_limit,
+            entry.test_limit,
+        )
+    orders = {name: tuple(order) for name, order in model.orders.items()} or {"default": tuple(tasks)}
+    for name, order in orders.items():
+        unknown = [task for task in order if task not in tasks]
+        if unknown or not order:
+            raise UserError(f"{path}: order {name!r} names unknown tasks {unknown}, allowed: {', '.join(tasks)}")
+        if len(set(order)) != len(order):
+            raise UserError(f"{path}: order {name!r} names a task twice")
+    return Benchmark(model.name, path, tasks, orders, tuple(model.scorers), model.generation)

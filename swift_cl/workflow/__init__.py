@@ -1,0 +1,1 @@
+"""From a plan (pure data) to a finished run: stages, manifest, resume."""

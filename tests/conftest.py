@@ -1,0 +1,23 @@
+"""Shared fixtures: where the tests find the real model and data, and a hand-driven context for methods."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout (real small model and task data); users do not have it."""
+    folder = Path(os.environ.get("SWIFT_CL_SHARED", ROOT.parent / "shared"))
+    if not (folder / "bench").is_dir():
+        pytest.skip(f"needs {folder}/bench (set SWIFT_CL_SHARED to another place)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    """The tiny chat model that ships with the project."""
+    return ROOT / "assets" / "tiny_base"
