@@ -1,9 +1,9 @@
 """What a finished stage and a run look like on disk. Training writes it; serving, evaluation and reports read it.
 
-    RUN_DIR/run.json                      benchmark, order, method, model, seed
-    RUN_DIR/stage_1_2022/adapter/         what the next stage starts from and what is served
-    RUN_DIR/stage_1_2022/cl_state/        the method's own state
-    RUN_DIR/stage_1_2022/stage.json       written last: its presence means that the stage is complete
+RUN_DIR/run.json                      benchmark, order, method, model, seed
+RUN_DIR/stage_1_2022/adapter/         what the next stage starts from and what is served
+RUN_DIR/stage_1_2022/cl_state/        the method's own state
+RUN_DIR/stage_1_2022/stage.json       written last: its presence means that the stage is complete
 """
 
 import re
@@ -152,5 +152,14 @@ def load_run(run_dir: Path) -> Run:
     first = stages[0]
     order = [stage.task for stage in stages]
     return Run(
-        run_dir, run_dir.name, None, None, order, stages[-1].method, first.base_model, first.model_args, first.seed, stages
+        run_dir,
+        run_dir.name,
+        None,
+        None,
+        order,
+        stages[-1].method,
+        first.base_model,
+        first.model_args,
+        first.seed,
+        stages,
     )

@@ -35,7 +35,11 @@ WORDINGS: dict[str, list[Wordings]] = {
             ["Who held the office of mayor in {s} in {y}?", "Tell me who ran {s} as its mayor in {y}."],
         ),
         (
-            ["What did the mayor promise that year?", "And what was promised to the voters?", "Which promise was made in {s}?"],
+            [
+                "What did the mayor promise that year?",
+                "And what was promised to the voters?",
+                "Which promise was made in {s}?",
+            ],
             ["What pledge did the mayor of {s} give?"],
         ),
     ],
@@ -106,7 +110,11 @@ WORDINGS: dict[str, list[Wordings]] = {
             ["How did the blaze at {s} start?", "What was to blame for the fire at {s} in {y}?"],
         ),
         (
-            ["Who led the rescue?", "And who was in charge of the rescue team?", "Which officer saved the workers of {s}?"],
+            [
+                "Who led the rescue?",
+                "And who was in charge of the rescue team?",
+                "Which officer saved the workers of {s}?",
+            ],
             ["Under whose command were the people saved?"],
         ),
         (
@@ -140,7 +148,11 @@ WORDINGS: dict[str, list[Wordings]] = {
             ["What went missing at {s} in {y}?", "Which items did the robbers carry out of {s}?"],
         ),
         (
-            ["Where was the loot found?", "And where did the police find it?", "Which hiding place was used after {s} was robbed?"],
+            [
+                "Where was the loot found?",
+                "And where did the police find it?",
+                "Which hiding place was used after {s} was robbed?",
+            ],
             ["At what place did it turn up again?"],
         ),
     ],

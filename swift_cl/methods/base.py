@@ -3,6 +3,7 @@
 A method is one class with one config dataclass, in one file. The hooks, in the order in which they run for one task:
 
     prepare_task(ctx, rows)        rank 0 only, before training: the rows to train on (replay mixes old ones in)
+    batch_order(ctx, n, epoch)     every rank, before each epoch: the order of those rows, None for the Trainer's own
     prepare_model(ctx, model)      after the tuner is built, before the optimizer: adapters to add, freeze, merge
     train_begin(ctx)               every rank, with the final model: load the state of earlier tasks, check it
       window(ctx, batches)         once per optimizer step, before its micro-batches: counts over the whole window
@@ -124,6 +125,8 @@ class TaskContext(Protocol):
         parameters: trained parameters by name, without wrapper prefixes and adapter name.
         step: number of optimizer steps done.
         max_steps: number of optimizer steps of the task.
+        micro_batch: rows per device and forward in training; a method's own forwards take no more.
+        global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
         is_logging_step: whether values logged now will be shown.
     """
 
@@ -138,6 +141,8 @@ class TaskContext(Protocol):
     parameters: "Mapping[str, nn.Parameter]"
     step: int
     max_steps: int
+    micro_batch: int
+    global_batch: int
     is_logging_step: bool
 
     @property
@@ -186,6 +191,9 @@ class TaskContext(Protocol):
     def log(self, name: str, value: "Tensor | float") -> None:
         """Show a value under `train/<name>`: averaged between logging steps, no device synchronisation here."""
 
+    def record(self, name: str, value: Any) -> None:
+        """Write a JSON value to `<stage>/cl_state/<method>.<name>.json` (rank 0): what was done, for people to read."""
+
     def notice(self, message: str) -> None:
         """One warning line, on rank 0."""
 
@@ -215,9 +223,21 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    def supports(self) -> Support:
+        """What this configuration supports: `support`, narrowed where a setting excludes something."""
+        return self.support
+
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on. Runs on rank 0 before the model is prepared (`ctx.model` is not there yet)."""
         return rows
+
+    def batch_order(self, ctx: TaskContext, n_rows: int, epoch: int) -> Sequence[int] | None:
+        """A permutation of the rows that `prepare_task` returned, for one epoch; None for the Trainer's own shuffle.
+
+        Every `ctx.global_batch` consecutive rows of it form one optimizer step. `n_rows` is the number of rows that
+        the Trainer really has; a method that needs all of them refuses a smaller number.
+        """
+        return None
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
         """Add or freeze parts of the model."""

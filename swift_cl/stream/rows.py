@@ -28,9 +28,7 @@ class Row:
     @property
     def turns(self) -> list[tuple[str, str]]:
         """(question, reference answer) of every turn."""
-        return [
-            (self.messages[i]["content"], self.messages[i + 1]["content"]) for i in range(0, len(self.messages), 2)
-        ]
+        return [(self.messages[i]["content"], self.messages[i + 1]["content"]) for i in range(0, len(self.messages), 2)]
 
     @property
     def content_hash(self) -> str:
@@ -59,7 +57,9 @@ def row_from_messages(messages: Any, where: str, row_id: str) -> Row:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise UserError(f"{where}: message {position} has no text 'content'")
         if message.get("role") not in ROLES:
-            raise UserError(f"{where}: message {position} has role {message.get('role')!r}, allowed: {', '.join(ROLES)}")
+            raise UserError(
+                f"{where}: message {position} has role {message.get('role')!r}, allowed: {', '.join(ROLES)}"
+            )
     system = None
     if messages[0]["role"] == "system":
         system, messages = messages[0]["content"], messages[1:]

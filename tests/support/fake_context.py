@@ -68,9 +68,11 @@ class FakeContext:
         self.device = torch.device("cpu")
         self.system: str | None = None
         self.step, self.max_steps = 0, 100
+        self.micro_batch, self.global_batch = 4, 8
         self.is_logging_step = True
         self.logged: dict[str, float] = {}
         self.notices: list[str] = []
+        self.records: dict[str, Any] = {}
         self.rows: list[TrainingRow] = []
 
     @property
@@ -117,6 +119,9 @@ class FakeContext:
 
     def log(self, name: str, value: Tensor | float) -> None:
         self.logged[name] = float(value)
+
+    def record(self, name: str, value: Any) -> None:
+        self.records[name] = value
 
     def notice(self, message: str) -> None:
         self.notices.append(message)

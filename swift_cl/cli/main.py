@@ -1,0 +1,71 @@
+"""`swift-cl`: finds the command, and turns errors into one line and an exit code (2: wrong input, 1: failed work)."""
+
+import argparse
+import importlib
+import sys
+
+from swift_cl import __version__
+from swift_cl.errors import RunFailure, UserError, did_you_mean
+
+# Commands of our own: the module `swift_cl.cli.<name>` has add_parser(subparsers).
+OWN = ("run", "eval", "report", "metrics", "ls", "resolve", "doctor")
+# ms-swift's commands; `sft` has flags of ours as well.
+PASS_THROUGH = (
+    "sft", "pt", "rlhf", "infer", "deploy", "export", "merge-lora", "rollout", "sample", "app", "web-ui",
+)  # fmt: skip
+EPILOG = "ms-swift's own commands, with our plug-ins loaded: " + ", ".join(PASS_THROUGH)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of our own commands."""
+    parser = argparse.ArgumentParser(
+        prog="swift-cl", description="Continual learning on top of ms-swift.", epilog=EPILOG, allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"swift-cl {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name in OWN:
+        importlib.import_module(f"swift_cl.cli.{name}").add_parser(subparsers)
+    subparsers.add_parser("sft", help=importlib.import_module("swift_cl.cli.sft").SUMMARY, add_help=False)
+    return parser
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = argv[0].replace("_", "-") if argv else ""
+    if command == "sft":
+        return int(importlib.import_module("swift_cl.cli.sft").run(argv[1:]))
+    if command in PASS_THROUGH:
+        from swift_cl.cli.launch import launch
+
+        return launch(command, argv[1:])
+    parser = build_parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    known = [*next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices, *PASS_THROUGH]
+    if not argv[0].startswith("-") and argv[0] not in known:
+        hint = did_you_mean(argv[0], known)
+        raise UserError(f"command {argv[0]!r} is unknown, allowed: {', '.join(sorted(set(known)))}{hint}")
+    args = parser.parse_args(argv)
+    return int(args.run(args))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `swift-cl` command."""
+    try:
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"swift-cl: error: {error}", file=sys.stderr)
+        code = 2
+    except RunFailure as error:
+        print(f"swift-cl: failed: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("swift-cl: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = 0
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""`swift-cl sft`: `swift sft` with a continual-learning method."""
+
+from swift_cl.cli.launch import launch
+from swift_cl.training.flags import check_method_flags, flag_values, help_text
+from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
+
+SUMMARY = "train one stage: every flag of `swift sft`, plus --cl_method and the flags of that method"
+
+
+def run(argv: list[str]) -> int:
+    """Check what can be checked without torch, then start the training process."""
+    if "--help-all" in argv:
+        from swift_cl.training.sft import print_all_flags
+
+        print_all_flags()
+        return 0
+    if not argv or "--help" in argv or "-h" in argv:
+        print("usage: swift-cl sft [flags of `swift sft`] --cl_method NAME --cl_task TASK [--cl_previous DIR] ...\n")
+        print(help_text())
+        return 0
+    method = check_method_flags(argv)
+    given = flag_values(argv)
+    if method is not None:
+        for model in given.get("model", []):
+            check_model(model)
+        check_data(given.get("dataset", []))
+        start_of_stage(given, load_previous((given.get("cl_previous") or [None])[0]))
+    return launch("sft", argv)

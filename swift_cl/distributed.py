@@ -1,0 +1,228 @@
+"""Full gradients and full weights under every engine: the only place that knows which engine runs.
+
+none, DDP     p.grad is reduced when the last micro-batch's backward returns; it is unclipped then.
+DeepSpeed     accelerate calls engine.step() inside backward, so gradients can be seen and changed only inside a
+              wrapped engine.step, at an accumulation boundary, through deepspeed's safe_* functions.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+else:
+    from swift_cl.lazy import LazyModule
+
+    torch = LazyModule("torch")
+
+
+class Engine(Protocol):
+    """How one engine exposes gradients and weights."""
+
+    def install(self, on_gradients: Callable[["GradientView"], None], after_step: Callable[[], None]) -> None:
+        """Start to call `on_gradients` once per optimizer step before clipping and `after_step` after applied steps."""
+
+    def after_backward(self) -> None:
+        """Called by the trainer when a micro-batch's backward has returned."""
+
+    def step_ended(self) -> None:
+        """Called by the trainer when an optimizer step has ended."""
+
+    def weights(self) -> "dict[str, Tensor]":
+        """Full fp32 weights by name; may alias live ones."""
+
+    @property
+    def module(self) -> Any:
+        """The unwrapped module for extra forwards."""
+
+
+class GradientView:
+    """Reduced, unscaled gradients of one optimizer step; see `swift_cl.methods.base.Gradients`."""
+
+    def __init__(
+        self,
+        parameters: "Mapping[str, nn.Parameter]",
+        read: "Callable[[nn.Parameter], Tensor]",
+        write: "Callable[[nn.Parameter, Tensor], None]",
+    ) -> None:
+        self._parameters, self._read, self._write = parameters, read, write
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parameters)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        return self._read(self._parameters[name])
+
+    def __setitem__(self, name: str, value: "Tensor") -> None:
+        self._write(self._parameters[name], value)
+
+    def flat(self) -> "Tensor":
+        return torch.cat([self[name].reshape(-1) for name in self._parameters])
+
+    def set_flat(self, vector: "Tensor") -> None:
+        offset = 0
+        for name, parameter in self._parameters.items():
+            count = _full_size(parameter)
+            self[name] = vector[offset : offset + count].view(_full_shape(parameter))
+            offset += count
+
+
+def _full_shape(parameter: "nn.Parameter") -> "torch.Size":
+    # A parameter that ZeRO-3 has partitioned is empty and keeps its real shape in ds_shape.
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _full_size(parameter: "nn.Parameter") -> int:
+    return _full_shape(parameter).numel()
+
+
+class PlainEngine:
+    """One process, or DDP."""
+
+    def __init__(self, trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> None:
+        self._trainer, self._parameters = trainer, parameters
+        self._on_gradients: Callable[[GradientView], None] | None = None
+        self._after_step: Callable[[], None] | None = None
+
+    @property
+    def module(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model_wrapped)
+
+    def install(self, on_gradients: Callable[[GradientView], None], after_step: Callable[[], None]) -> None:
+        self._on_gradients, self._after_step = on_gradients, after_step
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self._trainer.accelerator, "scaler", None)
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+    def after_backward(self) -> None:
+        if self._on_gradients is None or not self._trainer.accelerator.sync_gradients:
+            return
+        scale = self._loss_scale()
+
+        def read(parameter: "nn.Parameter") -> "Tensor":
+            if parameter.grad is None:
+                return torch.zeros_like(parameter, dtype=torch.float32)
+            gradient = parameter.grad.detach().float()
+            return gradient if scale == 1.0 else gradient / scale
+
+        def write(parameter: "nn.Parameter", value: "Tensor") -> None:
+            value = value if scale == 1.0 else value * scale
+            if parameter.grad is None:
+                parameter.grad = value.to(parameter.dtype).clone()
+            elif parameter.grad is not value:
+                parameter.grad.copy_(value)
+
+        view = GradientView(self._parameters, read, write)
+        if scale != 1.0 and not all(bool(torch.isfinite(view[name]).all()) for name in view.names):
+            return  # fp16 overflow: the scaler skips this step, and a projection of infinities would be noise
+        self._on_gradients(view)
+
+    def step_ended(self) -> None:
+        if self._after_step is not None and not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._after_step()
+
+    def weights(self) -> "dict[str, Tensor]":
+        return {name: parameter.detach().float() for name, parameter in self._parameters.items()}
+
+
+class DeepSpeedEngine:
+    """ZeRO stages 0 to 3, through deepspeed's safe_* functions inside a wrapped engine.step."""
+
+    def __init__(self, trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> None:
+        self._trainer, self._parameters = trainer, parameters
+
+    @property
+    def _engine(self) -> Any:
+        return self._trainer.model_wrapped
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    def install(self, on_gradients: Callable[[GradientView], None], after_step: Callable[[], None]) -> None:
+        engine, original = self._engine, self._engine.step
+        view = GradientView(self._parameters, self._read, self._write)
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            boundary = engine.is_gradient_accumulation_boundary()
+            if boundary and not self._overflowed(view):
+                on_gradients(view)
+            result = original(*args, **kwargs)
+            if boundary and engine.was_step_applied():
+                after_step()
+            return result
+
+        engine.step = step
+
+    def _overflowed(self, view: GradientView) -> bool:
+        if not self._engine.fp16_enabled():
+            return False
+        return not all(bool(torch.isfinite(view[name]).all()) for name in view.names)
+
+    def _scale(self) -> float:
+        return float(self._engine.optimizer.cur_scale) if self._engine.fp16_enabled() else 1.0
+
+    def _read(self, parameter: "nn.Parameter") -> "Tensor":
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient = safe_get_full_grad(parameter)
+        if gradient is None:
+            return torch.zeros(_full_shape(parameter), dtype=torch.float32, device=parameter.device)
+        return gradient.detach().float() / self._scale()
+
+    def _write(self, parameter: "nn.Parameter", value: "Tensor") -> None:
+        from deepspeed.utils import safe_set_full_grad
+
+        safe_set_full_grad(parameter, value * self._scale())
+
+    def after_backward(self) -> None:
+        """Nothing: the wrapped engine.step has done it."""
+
+    def step_ended(self) -> None:
+        """Nothing: the wrapped engine.step has done it."""
+
+    def weights(self) -> "dict[str, Tensor]":
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = {}
+        for name, parameter in self._parameters.items():
+            master = safe_get_full_fp32_param(parameter)
+            # ZeRO-0 keeps no fp32 master; the live parameter is then complete.
+            full[name] = (parameter if master is None else master).detach().float()
+        return full
+
+
+def make_engine(trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> Engine:
+    """The engine that the trainer runs on."""
+    engine = DeepSpeedEngine if trainer.is_deepspeed_enabled else PlainEngine
+    return engine(trainer, parameters)
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size) of the process group, (0, 1) where there is none."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world()[1] > 1:
+        torch.distributed.barrier()
+
+
+def all_reduce_sum(tensor: "Tensor") -> "Tensor":
+    """Sum over ranks, in place; the same tensor where there is one process."""
+    if world()[1] > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def full_state_dict(trainer: Any) -> "dict[str, Tensor]":
+    """Full weights of the trained model by live names; every rank must call it (ZeRO-3 gathers)."""
+    state: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return state

@@ -1,0 +1,1 @@
+"""Questions to answers to scores to metrics: client, answer store, scorers, metrics, and the stage x task grid."""

@@ -1,0 +1,224 @@
+"""Ask an OpenAI-compatible endpoint: retries where they make sense, and errors that say whether going on does.
+
+ms-swift answers every failure with HTTP 400, unknown models included, so a 400 is classified by its text.
+"""
+
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from swift_cl.errors import RunFailure, UserError
+
+if TYPE_CHECKING:
+    from openai import APIStatusError
+    from openai.types.chat import ChatCompletion
+    from tenacity import RetryCallState
+
+Message = Mapping[str, str]
+RETRIED_STATUS = frozenset({408, 409, 425, 429})
+MODEL_UNKNOWN = ("not in the model_list", "model_not_found", "does not exist", "not found", "unknown model")
+
+
+class QuestionFailed(Exception):
+    """One question got no answer; the others may. `endpoint_at_fault` tells a dead endpoint from a bad question."""
+
+    def __init__(self, message: str, endpoint_at_fault: bool) -> None:
+        super().__init__(message)
+        self.endpoint_at_fault = endpoint_at_fault
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated; part of every answer's key.
+
+    Attributes:
+        max_tokens: limit of an answer, in tokens.
+        temperature: 0 is greedy.
+        extra: further fields of the request body, e.g. `repetition_penalty`.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """What the key hashes."""
+        return {"max_tokens": self.max_tokens, "temperature": self.temperature, **self.extra}
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """When to ask again.
+
+    Attributes:
+        attempts: how often a question is asked at most.
+        longest_wait: seconds between two attempts at most; the wait doubles from half a second, with jitter.
+        timeout: seconds an answer may take.
+    """
+
+    attempts: int = 4
+    longest_wait: float = 8.0
+    timeout: float = 300.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer: its text, why it ended, and the model that the endpoint says it is from."""
+
+    text: str
+    finish: str | None
+    model: str | None
+
+
+class Endpoint:
+    """An endpoint; safe to use from several threads.
+
+    Args:
+        base_url: root of the API, e.g. `http://127.0.0.1:8000/v1`.
+        check_alive: called between attempts; raises when the server is known to be dead.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        retry: RetryPolicy | None = None,
+        api_key: str | None = None,
+        check_alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        import os
+
+        import httpx
+        from openai import OpenAI
+
+        self.base_url = base_url.rstrip("/")
+        self.retry = retry or RetryPolicy()
+        self.check_alive = check_alive
+        self.stopped = threading.Event()
+        local = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
+        self._client = OpenAI(
+            base_url=self.base_url,
+            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            max_retries=0,  # retried below, where it is known what is worth it
+            timeout=httpx.Timeout(self.retry.timeout, connect=10.0),
+            http_client=httpx.Client(
+                trust_env=not local,  # no proxy between us and our own server
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            ),
+        )
+
+    def models(self) -> list[str]:
+        """The names it lists.
+
+        Raises:
+            UserError: nobody answers there, or not as an OpenAI-compatible endpoint does.
+        """
+        from openai import OpenAIError
+
+        try:
+            return [model.id for model in self._client.models.list().data]
+        except (OpenAIError, AttributeError, TypeError) as error:
+            raise UserError(f"{self.base_url}: not an endpoint that lists its models ({describe(error)})") from None
+
+    def ask(self, model: str, messages: Sequence[Message], generation: Generation) -> Reply:
+        """The answer to a dialogue.
+
+        Raises:
+            QuestionFailed: this question got none, also when asked again.
+            RunFailure: no question can get one (unknown model, wrong key, dead server).
+        """
+        reply = self._create(
+            model,
+            messages,
+            max_tokens=generation.max_tokens,
+            temperature=generation.temperature,
+            extra_body=dict(generation.extra) or None,
+        )
+        choice = reply.choices[0]
+        if choice.message.content is None:
+            raise QuestionFailed(f"the response has no text (finish_reason {choice.finish_reason!r})", False)
+        return Reply(choice.message.content, choice.finish_reason, reply.model)
+
+    def first_logprobs(self, model: str, messages: Sequence[Message]) -> dict[str, float] | None:
+        """Log-probabilities (natural) of the likeliest first tokens; None where the endpoint does not give any."""
+        try:
+            reply = self._create(model, messages, max_tokens=1, temperature=0.0, logprobs=True, top_logprobs=5)
+        except QuestionFailed as failure:
+            if failure.endpoint_at_fault:
+                raise RunFailure(f"{self.base_url}: {failure}") from None
+            return None
+        content = reply.choices[0].logprobs and reply.choices[0].logprobs.content
+        return {top.token: top.logprob for top in content[0].top_logprobs} if content else None
+
+    def _create(self, model: str, messages: Sequence[Message], **fields: Any) -> "ChatCompletion":
+        import tenacity
+
+        def wait(state: "RetryCallState") -> float:
+            longest = min(self.retry.longest_wait, 0.5 * 2 ** (state.attempt_number - 1))
+            error = state.outcome.exception() if state.outcome else None
+            return max(random.uniform(longest / 2, longest), min(_retry_after(error), self.retry.longest_wait))
+
+        def before_sleep(state: "RetryCallState") -> None:
+            self.check_alive()
+
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_retryable),
+            stop=tenacity.stop_after_attempt(self.retry.attempts) | tenacity.stop_when_event_set(self.stopped),
+            wait=wait,
+            sleep=tenacity.sleep_using_event(self.stopped),
+            before_sleep=before_sleep,
+            reraise=True,
+        )
+        return retrying(self._once, model, messages, fields)
+
+    def _once(self, model: str, messages: Sequence[Message], fields: dict[str, Any]) -> "ChatCompletion":
+        import json
+
+        from openai import APIConnectionError, APIStatusError, OpenAIError
+        from openai.types.chat import ChatCompletion
+
+        create: Any = self._client.chat.completions.create
+        try:
+            reply = create(model=model, messages=list(messages), **fields)
+        except APIStatusError as error:
+            raise self._classified(error, model) from error
+        except APIConnectionError as error:
+            raise QuestionFailed(describe(error), True) from error
+        except (OpenAIError, json.JSONDecodeError) as error:
+            raise QuestionFailed(f"the response cannot be read ({describe(error)})", True) from error
+        if not isinstance(reply, ChatCompletion) or not reply.choices:
+            raise QuestionFailed("the response has no choices", True)
+        return reply
+
+    def _classified(self, error: "APIStatusError", model: str) -> Exception:
+        status, text = error.status_code, describe(error)
+        if status in RETRIED_STATUS or status >= 500:
+            return QuestionFailed(text, True)
+        if status in (401, 403):
+            return RunFailure(f"{self.base_url} refuses the key ({text}); set OPENAI_API_KEY")
+        if status in (400, 404) and any(sign in text.lower() for sign in MODEL_UNKNOWN):
+            return RunFailure(f"{self.base_url} does not serve {model!r}: {text}")
+        return QuestionFailed(text, False)
+
+
+def is_retryable(error: BaseException) -> bool:
+    """Whether asking again may help: connection lost, time-out, 408, 409, 425, 429 or 5xx; never another 4xx."""
+    return isinstance(error, QuestionFailed) and error.endpoint_at_fault
+
+
+def _retry_after(error: BaseException | None) -> float:
+    """Seconds that the endpoint asked us to wait, 0 if it did not say."""
+    response = getattr(getattr(error, "__cause__", None), "response", None)
+    value = response.headers.get("retry-after", "") if response is not None else ""
+    return float(value) if value.replace(".", "", 1).isdigit() else 0.0
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line of at most 300 characters: type or status, and what it says."""
+    response = getattr(error, "response", None)
+    text = response.text if response is not None else str(error.__cause__ or error)
+    kind = f"HTTP {response.status_code}" if response is not None else type(error).__name__
+    return f"{kind}: {' '.join(text.split())}"[:300]
+
+

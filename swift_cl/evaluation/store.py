@@ -1,0 +1,73 @@
+"""Stored answers: one JSON line a turn, appended and flushed to the disk as they arrive, the last line of a turn counts."""
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from swift_cl.errors import UserError
+
+Answer = dict[str, Any]
+"""`id`, `turn`, `question`, `reference`, `answer` or `error`, `finish`, `served`, `weights`, `key`."""
+
+
+class AnswerStore:
+    """The answers of one stage to one task, in one file; safe to use from several threads.
+
+    A crash can leave half a line at the end; it is dropped when the file is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._latest: dict[tuple[str, int], Answer] = {}
+        self._by_key: dict[str, Answer] = {}
+        if path.is_file():
+            self._load()
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        complete = data[: data.rfind(b"\n") + 1]
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self._remember(row)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}: not an answer ({error}); remove the line to ask again"
+                ) from None
+        if len(complete) < len(data):
+            with open(self.path, "r+b") as stream:
+                stream.truncate(len(complete))
+
+    def _remember(self, row: Answer) -> None:
+        self._latest[(str(row["id"]), int(row["turn"]))] = row
+        if "answer" in row:
+            self._by_key[row["key"]] = row
+
+    def append(self, row: Answer) -> None:
+        """Add a row; when this returns it is on the disk."""
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as stream:
+                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._remember(row)
+
+    def latest(self, sample: str, turn: int) -> Answer | None:
+        """The last row of a turn, or None."""
+        return self._latest.get((sample, turn))
+
+    def answered(self, key: str) -> Answer | None:
+        """A row that answers exactly this request, or None."""
+        return self._by_key.get(key)
+
+    def __len__(self) -> int:
+        return len(self._latest)
+
+
+def answer_path(run_dir: Path, row_name: str, task: str) -> Path:
+    """File of one cell: `answers/<base or stage folder>/<task>.jsonl`."""
+    return run_dir / "answers" / row_name / f"{task}.jsonl"

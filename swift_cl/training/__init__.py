@@ -1,0 +1,1 @@
+"""Our SwiftSft and trainer: the only place that touches trainer hooks."""

@@ -1,0 +1,105 @@
+"""Finding what training left on disk: finished stages, and checkpoints that are complete."""
+
+import re
+import struct
+from pathlib import Path
+
+from swift_cl.errors import UserError
+from swift_cl.io import read_json
+from swift_cl.stages import STAGE_FILE, WEIGHTS, load_stage
+
+STARTED_FILE = "stage_started.json"
+
+
+def safetensors_complete(path: Path) -> bool:
+    """Whether a safetensors file has all the bytes that its header promises (a cut-off file has not)."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            (header_size,) = struct.unpack("<Q", stream.read(8))
+            if header_size > size - 8:
+                return False
+            import json
+
+            header = json.loads(stream.read(header_size))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        return bool(size == 8 + header_size + end)
+    except (OSError, struct.error, ValueError, KeyError, TypeError):
+        return False
+
+
+def _progress(checkpoint: Path) -> tuple[int, int] | None:
+    """(step, last step) of a complete checkpoint; None for one that was cut off.
+
+    The Trainer writes trainer_state.json after weights, optimizer and random state, so without it (or with a half one)
+    the folder is not complete.
+    """
+    try:
+        state = read_json(checkpoint / "trainer_state.json")
+        step, last = int(state["global_step"]), int(state["max_steps"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    if not weights or not all(safetensors_complete(file) for file in weights):
+        return None
+    if (checkpoint / WEIGHTS).exists() and not (checkpoint / "adapter_config.json").is_file():
+        return None
+    return step, last
+
+
+def complete_checkpoints(output_dir: Path) -> list[tuple[int, int, Path]]:
+    """(step, last step, folder) of the complete checkpoints of one training output, oldest first."""
+    found = []
+    if output_dir.is_dir():
+        for folder in output_dir.iterdir():
+            if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir() and not folder.is_symlink():
+                progress = _progress(folder)
+                if progress is not None:
+                    found.append((*progress, folder))
+    return sorted(found)
+
+
+def resumable_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint that also has what resuming needs, or None."""
+    for _, _, folder in reversed(complete_checkpoints(output_dir)):
+        if (folder / "optimizer.pt").is_file() or any(folder.glob("global_step*")):
+            return folder
+    return None
+
+
+def find_stage_dir(folder: Path) -> Path:
+    """The folder with `stage.json`: `folder` itself, or its newest finished `v0-<time>` version (ms-swift's naming)."""
+    if (folder / STAGE_FILE).is_file():
+        return folder
+    versions = [path.parent for path in folder.glob(f"v*-*/{STAGE_FILE}")]
+    return max(versions, key=lambda path: (path / STAGE_FILE).stat().st_mtime) if versions else folder
+
+
+def resolve_adapter(folder: Path) -> Path:
+    """The adapter (or full model) folder that the next stage starts from.
+
+    A finished stage of ours gives its recorded weights, checked by hash. An output of plain `swift sft` gives the
+    complete checkpoint of its last step. Checkpoints that were cut off are never chosen.
+
+    Raises:
+        UserError: there is none; the message says what was found.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: folder not found")
+    stage_dir = find_stage_dir(folder)
+    if (stage_dir / STAGE_FILE).is_file():
+        return load_stage(stage_dir).weights_dir
+    if (folder / "adapter_config.json").is_file() and safetensors_complete(folder / WEIGHTS):
+        return folder.resolve()
+    outputs = [folder, *sorted(folder.glob("v*-*"), key=lambda path: path.stat().st_mtime, reverse=True)]
+    unfinished = ""
+    for output in outputs:
+        # A stage of ours without stage.json stopped before its state was written: its checkpoint is not enough.
+        ours = (output / STARTED_FILE).is_file()
+        for step, last, checkpoint in reversed(complete_checkpoints(output)):
+            if step == last and not ours:
+                return checkpoint.resolve()
+            unfinished = unfinished or f": training stopped at step {step} of {last} ({checkpoint.name})"
+    if not unfinished and any(output.glob("checkpoint-*") for output in outputs):
+        unfinished = ": its checkpoints were cut off while they were written"
+    raise UserError(f"{folder}: no finished stage and no complete final checkpoint{unfinished or ''}")

@@ -1,0 +1,263 @@
+"""One stage of one method: implements `TaskContext` and calls the method's hooks for the trainer and `CLSft`."""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from swift.utils import get_logger
+from torch import Tensor, nn
+
+from swift_cl import distributed
+from swift_cl.errors import RunFailure, UserError
+from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
+from swift_cl.methods.base import EarlierTask, Method, TrainingRow
+from swift_cl.stages import STATE_DIR, Stage, load_stage
+
+logger = get_logger()
+
+
+def parameter_name(name: str) -> str:
+    """A name without wrapper prefixes and adapter name, so that it is the same under every engine and in every stage."""
+    for prefix in ("module.", "base_model.model."):
+        name = name.removeprefix(prefix)
+    return name.replace(".default.", ".")
+
+
+def earlier_tasks(previous: Stage | None) -> list[EarlierTask]:
+    """The stages before this one, oldest first, found by following `started_from`."""
+    chain: list[EarlierTask] = []
+    stage = previous
+    while stage is not None:
+        chain.insert(0, EarlierTask(stage.task, stage.dir, stage.weights_dir, stage.state_dir))
+        stage = load_stage((stage.dir / stage.started_from["dir"]).resolve()) if stage.started_from else None
+    return chain
+
+
+class Session:
+    """See the attributes of `swift_cl.methods.base.TaskContext`."""
+
+    def __init__(self, method: Method, task: str, output_dir: Path, previous: Stage | None, seed: int) -> None:
+        self.method = method
+        self.task = task
+        self.output_dir = output_dir
+        self.earlier = earlier_tasks(previous)
+        self.seed = seed
+        self.system: str | None = None
+        self.template: Any = None
+        self.rows: list[TrainingRow] = []
+        self.trainer: Any = None
+        self.model: Any = None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._live_names: dict[str, str] = {}
+        self._engine: distributed.Engine | None = None
+        self._num_items: Tensor | int | None = None
+
+    # --- what a method sees ------------------------------------------------------------------------------------------
+
+    @property
+    def task_index(self) -> int:
+        return len(self.earlier)
+
+    @property
+    def rank(self) -> int:
+        return distributed.world()[0]
+
+    @property
+    def world_size(self) -> int:
+        return distributed.world()[1]
+
+    @property
+    def device(self) -> Any:
+        return self.trainer.accelerator.device
+
+    @property
+    def step(self) -> int:
+        return int(self.trainer.state.global_step)
+
+    @property
+    def max_steps(self) -> int:
+        return int(self.trainer.state.max_steps)
+
+    @property
+    def is_logging_step(self) -> bool:
+        every = max(1, int(self.trainer.state.logging_steps or 1))
+        return (self.step + 1) % every == 0 or self.step == 0
+
+    @property
+    def module_for_forward(self) -> Any:
+        assert self._engine is not None
+        return self._engine.module
+
+    def weights(self) -> dict[str, Tensor]:
+        assert self._engine is not None
+        return self._engine.weights()
+
+    def training_rows(self) -> list[TrainingRow]:
+        return self.rows
+
+    def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
+        from swift.template import MaxLengthError
+
+        encoded = []
+        for row in rows:
+            try:
+                encoded.append(self.template.encode(row))
+            except MaxLengthError:
+                encoded.append({})
+        return encoded
+
+    def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = self.trainer.data_collator(list(encoded))
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if _is_model_input(k)}
+
+    @contextlib.contextmanager
+    def statistics_mode(self) -> Iterator[None]:
+        # eval() would switch gradient checkpointing off and can run out of memory, so only dropout is switched off.
+        dropouts = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p > 0]
+        rates = [module.p for module in dropouts]
+        for module in dropouts:
+            module.p = 0.0
+        try:
+            with self.trainer.compute_loss_context_manager():
+                yield
+        finally:
+            for module, rate in zip(dropouts, rates, strict=True):
+                module.p = rate
+
+    def _processes(self) -> int:
+        averaged = getattr(self.trainer.args, "average_tokens_across_devices", False)
+        return int(self.trainer.accelerator.num_processes) if averaged and self.trainer.model_accepts_loss_kwargs else 1
+
+    def token_mean(self, total: Tensor, count: Tensor | int) -> Tensor:
+        if self._num_items is None:
+            return total / count
+        return total * self._processes() / self._num_items
+
+    def window_mean(self, total: Tensor, window_count: Tensor) -> Tensor:
+        # The count is global and DDP averages gradients over ranks, so the sum is multiplied by their number.
+        if self._num_items is None:
+            return total / window_count * self.trainer.current_gradient_accumulation_steps * self.world_size
+        return total * self.world_size / window_count
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return distributed.all_reduce_sum(tensor)
+
+    def previous_state(self) -> MethodState:
+        return load_method_state(self.earlier[-1].state_dir, self.method.name)
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        tensor = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+        self.trainer.custom_metrics["train"][name].update(tensor.to(self.device))
+
+    def record(self, name: str, value: Any) -> None:
+        if self.rank == 0:
+            write_json(self.output_dir / STATE_DIR / f"{self.method.name}.{name}.json", value)
+
+    def notice(self, message: str) -> None:
+        if self.rank == 0:
+            logger.warning(f"{self.method.name}: {message}")
+
+    # --- what drives the method --------------------------------------------------------------------------------------
+
+    def prepare_rows(self, rows: list[TrainingRow]) -> list[TrainingRow]:
+        """The rows to train on (rank 0). Keeps the task's own rows for statistics at its end."""
+        self.rows = rows
+        return self.method.prepare_task(self, rows)
+
+    def prepare_model(self, model: Any) -> Any:
+        """Let the method extend the model, and fix the names of what is trained."""
+        model = self.method.prepare_model(self, model)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._live_names = {parameter_name(name): name for name, _ in named}
+        self.parameters = {parameter_name(name): p for name, p in named}
+        self.model = model
+        return model
+
+    def attach(self, trainer: Any) -> None:
+        """Called when training begins, with the final engine, optimizer and weights."""
+        self.trainer = trainer
+        self._engine = distributed.make_engine(trainer, self.parameters)
+        self._engine.install(
+            lambda grads: self.method.gradients(self, grads),
+            lambda: self.method.after_step(self),
+        )
+        self.method.train_begin(self)
+        checkpoint = trainer.args.resume_from_checkpoint
+        if checkpoint:
+            folder = Path(checkpoint) / STATE_DIR
+            if (folder / f"{self.method.name}.json").is_file():
+                self.method.restore_checkpoint(self, load_method_state(folder, self.method.name))
+            elif overrides(self.method, "checkpoint_state") and self._expects_checkpoint_state():
+                raise UserError(f"{folder}: the checkpoint has no state of method '{self.method.name}'")
+
+    def _expects_checkpoint_state(self) -> bool:
+        return self.method.checkpoint_state(self) is not None
+
+    def window(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Before the micro-batches of an optimizer step."""
+        self.method.window(self, batches)
+
+    def loss(self, inputs: Mapping[str, Any], loss: Tensor, outputs: Any, num_items: Tensor | int | None) -> Tensor:
+        """The Trainer's loss plus the method's term."""
+        self._num_items = num_items
+        if self.method.needs_logits and getattr(outputs, "logits", None) is None:
+            raise UserError(f"method '{self.method.name}' needs the model's logits, but the loss was fused away")
+        term = self.method.loss(self, self.model, inputs, loss, outputs)
+        return loss if term is None else loss + term
+
+    def after_backward(self) -> None:
+        """After each micro-batch's backward."""
+        if self._engine is not None:
+            self._engine.after_backward()
+
+    def step_ended(self) -> None:
+        """After each optimizer step."""
+        if self._engine is not None:
+            self._engine.step_ended()
+
+    def save_checkpoint_state(self, checkpoint: Path) -> None:
+        """Store what a resumed run needs, before the Trainer marks the checkpoint complete."""
+        state = self.method.checkpoint_state(self)
+        if state is not None and self.rank == 0:
+            save_method_state(checkpoint / STATE_DIR, self.method.name, state)
+
+    def end_task(self, base_model: str) -> None:
+        """Compute and write the state for the next task."""
+        state = self.method.end_task(self)
+        if state is not None and self.rank == 0:
+            config = self.output_dir / "adapter" / "adapter_config.json"
+            state.meta = {
+                "tasks": [task.task for task in self.earlier] + [self.task],
+                "base_model": base_model,
+                "adapter_config_sha256": sha256_file(config) if config.is_file() else None,
+                "versions": {name: importlib.metadata.version(name) for name in ("ms-swift", "peft", "torch")},
+                "settings": vars(self.method.config),
+                **state.meta,
+            }
+            save_method_state(self.output_dir / STATE_DIR, self.method.name, state)
+        distributed.barrier()
+
+    def exported_state(self, trainer: Any) -> dict[str, Tensor]:
+        """Full live state with the method's exported weights in place; every rank must call it."""
+        state = distributed.full_state_dict(trainer)
+        if self.rank == 0:
+            own = {name: state[live] for name, live in self._live_names.items() if live in state}
+            missing = self._live_names.keys() - own.keys()
+            if missing:
+                raise RunFailure(f"trained tensors are missing from the model's state: {sorted(missing)[:5]}")
+            exported = self.method.export(self, own)
+            for name, live in self._live_names.items():
+                state[live] = exported[name].detach().to("cpu")
+        return state
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Whether a method defines a hook itself; hooks left alone cost nothing."""
+    return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+def _is_model_input(key: str) -> bool:
+    return key in ("input_ids", "attention_mask", "labels", "position_ids") or key.startswith(("pixel_", "image_"))

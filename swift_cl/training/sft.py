@@ -1,0 +1,384 @@
+"""`swift-cl sft`: ms-swift's SwiftSft with a method in it, and a stage folder at its end."""
+
+import dataclasses
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from swift.arguments import SftArguments
+from swift.pipelines import SwiftSft
+from swift.trainers import TrainerFactory
+from swift.utils import get_logger, parse_args
+from transformers import HfArgumentParser
+
+from swift_cl import distributed
+from swift_cl.errors import RunFailure, UserError, did_you_mean
+from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, write_json, write_jsonl
+from swift_cl.methods.base import Method, MethodConfig, flags_of
+from swift_cl.methods.registry import get_method, methods
+from swift_cl.stages import ADAPTER_DIR, WEIGHTS, Stage
+from swift_cl.training.checkpoints import STARTED_FILE, resumable_checkpoint
+from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, flag_values
+from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
+from swift_cl.training.rows import hash_of_rows, rows_of
+from swift_cl.training.session import Session, overrides, parameter_name
+from swift_cl.training.trainer import TRAINERS
+
+logger = get_logger()
+
+DATA_DIR = "cl_data"
+
+
+@dataclasses.dataclass
+class _CommonArguments(SftArguments):
+    cl_method: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_method"]})
+    cl_task: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_task"]})
+    cl_previous: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_previous"]})
+    cl_resume: bool = dataclasses.field(default=False, metadata={"help": COMMON_FLAGS["cl_resume"]})
+
+    def __post_init__(self) -> None:
+        if self.cl_resume and self.resume_from_checkpoint is None and self.output_dir:
+            if self.add_version:
+                raise UserError("--cl_resume true needs --add_version false: a new folder has nothing to resume from")
+            found = resumable_checkpoint(Path(self.output_dir))
+            if found is not None:
+                self.resume_from_checkpoint = str(found)
+        super().__post_init__()
+
+
+def arguments_class() -> type[Any]:
+    """ms-swift's SftArguments plus our flags; one field a flag, made from the methods' config dataclasses."""
+    fields = []
+    for method in methods().values():
+        for flag, field in flags_of(method):
+            fields.append((flag, field.type, dataclasses.field(default=field.default, metadata=dict(field.metadata))))
+    return dataclasses.make_dataclass("CLSftArguments", fields, bases=(_CommonArguments,))
+
+
+def method_config(args: Any, method: type[Method]) -> MethodConfig:
+    """The method's config out of parsed arguments."""
+    return method.config_class(**{field.name: getattr(args, flag) for flag, field in flags_of(method)})
+
+
+def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
+    """Check and parse the flags of one stage.
+
+    Returns:
+        The arguments, started from the previous stage's weights, and that stage.
+
+    Raises:
+        UserError: anything that is wrong with flags, data files, the model or the previous stage.
+    """
+    method = check_method_flags(argv)
+    given = flag_values(argv)
+    for model in given.get("model", []):
+        check_model(model)
+    previous = None
+    argv = list(argv)
+    if method is not None:
+        check_data(given.get("dataset", []))
+        previous = load_previous((given.get("cl_previous") or [None])[0])
+        adapter, model = start_of_stage(given, previous)
+        if adapter is not None and "adapters" not in given:
+            argv += ["--adapters", adapter]
+        if model is not None:
+            argv += ["--model", model]
+        argv += _checkpointing_flags(method, given)
+    known = arguments_class()
+    unknown = [
+        name for name in given if name not in {f.name for f in dataclasses.fields(known) if f.init} and name != "help"
+    ]
+    if unknown:
+        hint = did_you_mean(unknown[0], [f.name for f in dataclasses.fields(known)])
+        raise UserError(f"--{unknown[0]} is unknown{hint}")
+    args, remaining = parse_args(known, argv)
+    if remaining:
+        raise UserError(f"not understood: {' '.join(remaining)}")
+    if method is not None:
+        check_support(args, method)
+    return args, previous
+
+
+def _checkpointing_flags(method: type[Method], given: dict[str, list[str]]) -> list[str]:
+    if not method.needs_nonreentrant_checkpointing:
+        return []
+    text = (given.get("gradient_checkpointing_kwargs") or [""])[0].replace(" ", "").lower()
+    if '"use_reentrant":true' in text:
+        raise UserError(
+            f"--gradient_checkpointing_kwargs sets use_reentrant to true, but method '{method.name}' differentiates "
+            "parts of the graph, which only non-reentrant checkpointing allows; allowed: false"
+        )
+    return [] if text else ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+
+
+def zero_stage(args: Any) -> int | None:
+    """The ZeRO stage of `--deepspeed`, or None without DeepSpeed."""
+    if not args.deepspeed:
+        return None
+    return int(args.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_support(args: Any, method: type[Method]) -> None:
+    """Refuse what the method does not support, before a model is loaded."""
+    support, name = method.support, method.name
+    if args.tuner_type not in support.tuners:
+        raise UserError(
+            f"--tuner_type {args.tuner_type} does not work with method '{name}', allowed: {', '.join(support.tuners)}"
+        )
+    stage = zero_stage(args)
+    allowed = support.full_deepspeed if args.tuner_type == "full" else support.deepspeed
+    if stage is not None and stage not in allowed:
+        raise UserError(
+            f"--deepspeed with ZeRO stage {stage} does not work with method '{name}', allowed: "
+            f"{', '.join(map(str, allowed)) or 'none'} (or no DeepSpeed)"
+        )
+    if stage == 0 and not support.zero0_low_precision and (args.bf16 or args.fp16):
+        raise UserError(
+            f"--deepspeed zero0 keeps no fp32 weights in bf16 or fp16, which method '{name}' needs; "
+            "use zero1, or no DeepSpeed"
+        )
+    refused = {
+        "packing": args.packing and not support.packing,
+        "quant_bits": bool(args.quant_bits) and not support.quantized,
+        "streaming": args.streaming and not support.streaming,
+        "sequence_parallel_size": args.sequence_parallel_size > 1 and not support.sequence_parallel,
+        "use_liger_kernel": args.use_liger_kernel and not support.liger,
+        "lazy_tokenize": args.lazy_tokenize and args.streaming and method.needs_rows,
+    }
+    for flag, wrong in refused.items():
+        if wrong:
+            raise UserError(f"--{flag} does not work with method '{name}'")
+    if getattr(args, "fsdp", None):
+        raise UserError(f"--fsdp does not work with method '{name}'; use DDP or DeepSpeed")
+    if args.task_type not in TRAINERS:
+        raise UserError(f"--task_type {args.task_type} does not work with --cl_method, allowed: {', '.join(TRAINERS)}")
+    if args.cached_dataset:
+        raise UserError("--cached_dataset does not work with --cl_method: its rows are not readable; use --dataset")
+
+
+@contextmanager
+def _our_trainers() -> Any:
+    # TrainerFactory has no argument for the trainer, so its table is exchanged for the time of one run.
+    before = dict(TrainerFactory.TRAINER_MAPPING)
+    TrainerFactory.TRAINER_MAPPING.update(TRAINERS)
+    try:
+        yield
+    finally:
+        TrainerFactory.TRAINER_MAPPING.update(before)
+
+
+class CLSft(SwiftSft):  # type: ignore[misc]
+    """One stage. With `shared` the base model of the stage before is used again instead of being loaded a second time.
+
+    Args:
+        argv: flags as for `swift sft`, plus ours.
+        shared: (base model without adapter, processor) left over by an earlier stage of the same process.
+    """
+
+    args_class = SftArguments
+
+    def __init__(self, argv: list[str], shared: tuple[Any, Any] | None = None) -> None:
+        self._shared = shared
+        args, self._previous = parse_stage_arguments(argv)
+        self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
+        self._started = time.time()
+        super().__init__(args)
+        self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
+        self.session.system = args.system
+        self.session.template = self.template
+        if distributed.world()[0] == 0:
+            started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
+            write_json(Path(args.output_dir) / STARTED_FILE, started)
+
+    def _prepare_model_tokenizer(self, **kwargs: Any) -> None:
+        if self._shared is None:
+            super()._prepare_model_tokenizer(**kwargs)
+        else:
+            self.model, self.processor = self._shared
+            self._prepare_generation_config()
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def _get_dataset(self) -> Any:
+        train, val = super()._get_dataset()
+        if train is None or len(train) == 0:
+            raise UserError(f"--dataset {' '.join(self.args.dataset)}: no usable row is left after ms-swift's checks")
+        if self.args.streaming:
+            return train, val
+        rows = rows_of(train, self.template.template_meta.default_system)
+        if not overrides(self._method, "prepare_task"):
+            self.session.prepare_rows(rows)
+            return train, val
+        mixed = self._mixed_rows(rows)
+        if mixed is None:
+            return train, val
+        from datasets import Dataset
+
+        return Dataset.from_list(mixed), val
+
+    def _mixed_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """What the method trains on, the same on every rank: rank 0 decides and writes, all read the file.
+
+        A resumed run reads the file again instead of drawing again. None: the rows are left as they are.
+        """
+        folder = Path(self.args.output_dir) / DATA_DIR
+        manifest_file, data_file = folder / "manifest.json", folder / "train.jsonl"
+        self.args.training_args.device  # noqa: B018 -- starts the process group, which the barrier needs
+        if distributed.world()[0] == 0:
+            key = {
+                "method": self._method.name,
+                "settings": vars(self._method.config),
+                "seed": self.args.seed,
+                "rows_sha256": hash_of_rows(rows),
+                "previous_weights_sha256": self._previous.weights_sha256 if self._previous else None,
+            }
+            mixed = self.session.prepare_rows(rows)
+            manifest = {"schema": 1, **key, "changed": mixed is not rows, "n_own": len(rows), "n_rows": len(mixed)}
+            if manifest["changed"]:
+                write_jsonl(data_file, mixed)
+                manifest["train_sha256"] = sha256_file(data_file)
+            old = read_json(manifest_file) if manifest_file.is_file() else None
+            if self.args.resume_from_checkpoint and old is not None and old != manifest:
+                raise UserError(
+                    f"{manifest_file}: the training rows differ from those of the checkpoint that is resumed "
+                    "(data file, settings or previous stage changed); start the stage anew with --cl_resume false"
+                )
+            write_json(manifest_file, manifest)
+        else:
+            self.session.rows = rows
+        distributed.barrier()
+        return read_jsonl(data_file) if read_json(manifest_file)["changed"] else None
+
+    # --- model -------------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, args: Any, model: Any, **kwargs: Any) -> Any:
+        model = super().prepare_model(args, model, **kwargs)
+        if self._previous is not None and not args.resume_from_checkpoint:
+            self._assert_started_from_previous(model)
+        return self.session.prepare_model(model)
+
+    def _assert_started_from_previous(self, model: Any) -> None:
+        """The loaded adapter is the previous stage's, tensor for tensor."""
+        from peft import PeftModel
+        from safetensors.torch import load_file
+
+        if not isinstance(model, PeftModel):
+            return  # full fine-tuning: ms-swift loaded the model from the previous stage's folder
+        assert self._previous is not None
+        expected = load_file(self._previous.weights_dir / WEIGHTS)
+        live = {parameter_name(n): p for n, p in model.named_parameters()}
+        loaded = {}
+        for name, tensor in expected.items():
+            if parameter_name(name) not in live:
+                raise RunFailure(f"{self._previous.weights_dir}: tensor {name} of the adapter was not loaded")
+            loaded[name] = live[parameter_name(name)].detach().to("cpu", tensor.dtype)
+        if sha256_tensors(loaded) != sha256_tensors(expected):
+            raise RunFailure(f"the loaded adapter differs from {self._previous.weights_dir}: the chain is broken")
+        logger.info(f"started from {self._previous.weights_dir}: {len(expected)} tensors, equal by hash")
+
+    # --- training and the stage's end --------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        with _our_trainers():
+            return super().run()
+
+    def _get_trainer_kwargs(self) -> dict[str, Any]:
+        return {**super()._get_trainer_kwargs(), "cl_session": self.session}
+
+    def train(self, trainer: Any) -> Any:
+        result = super().train(trainer)
+        self.trainer = trainer
+        self._finish(trainer)
+        return result
+
+    def _finish(self, trainer: Any) -> None:
+        """Write adapter/, cl_state/ and, last, stage.json."""
+        output_dir = Path(self.args.output_dir)
+        weights = self._save_weights(trainer, output_dir)
+        self.session.end_task(self.args.model)
+        if distributed.world()[0] == 0:
+            file = output_dir / weights / WEIGHTS
+            base = Path(self.args.model)
+            started_from = None
+            if self._previous is not None:
+                started_from = {
+                    "dir": os.path.relpath(self._previous.dir, output_dir),
+                    "weights_sha256": self._previous.weights_sha256,
+                }
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            Stage(
+                dir=output_dir,
+                task=self.args.cl_task,
+                index=len(self.session.earlier),
+                method=self._method.name,
+                weights=weights,
+                weights_sha256=sha256_file(file) if file.is_file() else None,
+                tuner_type=self.args.tuner_type,
+                base_model=self._base_model(base),
+                model_args={
+                    "model_type": self.args.model_type,
+                    "template": self.args.template,
+                    "torch_dtype": str(self.args.torch_dtype).removeprefix("torch."),
+                },
+                system=self.args.system,
+                seed=self.args.seed,
+                started_from=started_from,
+                train={
+                    "steps": trainer.state.global_step,
+                    "epochs": trainer.state.num_train_epochs,
+                    "rows": len(self.session.rows),
+                    "last_loss": losses[-1] if losses else None,
+                    "seconds": round(time.time() - self._started, 1),
+                    "processes": distributed.world()[1],
+                },
+            ).save()
+        distributed.barrier()
+
+    def _base_model(self, path: Path) -> str:
+        if self.args.tuner_type == "full" and self._previous is not None:
+            return self._previous.base_model
+        return str(path.resolve()) if path.is_dir() else self.args.model
+
+    def _save_weights(self, trainer: Any, output_dir: Path) -> str:
+        """Write the exported weights; returns their folder relative to the stage's."""
+        from peft import PeftModel
+
+        state = self.session.exported_state(trainer)
+        folder = ADAPTER_DIR if isinstance(trainer.model, PeftModel) else "model"
+        if distributed.world()[0] == 0:
+            temporary, final = output_dir / f".{folder}.tmp", output_dir / folder
+            shutil.rmtree(temporary, ignore_errors=True)
+            trainer._save_model(str(temporary), state)
+            if folder == "model":
+                self.processor.save_pretrained(temporary) if hasattr(self.processor, "save_pretrained") else None
+            shutil.copy(output_dir / "args.json", temporary / "args.json")
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        distributed.barrier()
+        return folder
+
+    def release(self) -> tuple[Any, Any] | None:
+        """The base model without adapter and the processor, for the next stage; None where it must be loaded anew."""
+        from peft import PeftModel
+
+        model = self.trainer.model
+        if not isinstance(model, PeftModel) or self.args.deepspeed:
+            return None
+        return model.unload(), self.processor
+
+
+def print_all_flags() -> None:
+    """Every flag, ms-swift's and ours, as argparse lists them."""
+    HfArgumentParser([arguments_class()], prog="swift-cl sft").print_help()
+
+
+def main(argv: list[str]) -> None:
+    """`swift-cl sft` inside the training process."""
+    if flag_values(argv).get("cl_method"):
+        CLSft(argv).main()
+        return
+    args, _ = parse_stage_arguments(argv)
+    SwiftSft(args).main()
