@@ -44,9 +44,27 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
+def opening(dialogue: Dialogue) -> list[dict[str, str]]:
+    """The messages before the first question."""
+    return [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]
+
+
 def answer_key(weights: str, messages: Sequence[dict[str, str]], generation: Generation, backend: str) -> str:
     """Key of an answer: weights, all messages (system prompt and history included), generation settings, backend."""
     return sha256_json([weights, list(messages), generation.as_json(), backend])
+
+
+def is_answered(dialogue: Dialogue, generation: Generation, backend: str) -> bool:
+    """Whether every store holds the answer to every turn as it would be asked now."""
+    messages = opening(dialogue)
+    for turn, (question, _) in enumerate(dialogue.row.turns):
+        messages.append({"role": "user", "content": question})
+        key = answer_key(dialogue.weights, messages, generation, backend)
+        rows = [store.latest(dialogue.row.id, turn) for store in dialogue.stores]
+        if any(row is None or row["key"] != key or "answer" not in row for row in rows):
+            return False
+        messages.append({"role": "assistant", "content": str(rows[0] and rows[0]["answer"])})
+    return True
 
 
 class Asker:
@@ -110,13 +128,12 @@ class Asker:
                 else:
                     on_turn()
         finally:
-            self.endpoint.stopped.set() if running else None
+            if running:
+                self.endpoint.stopped.set()
         return tally
 
     def _ask(self, dialogue: Dialogue, tally: Tally, done: Callable[[Answer], None]) -> None:
-        messages: list[dict[str, str]] = []
-        if dialogue.system is not None:
-            messages.append({"role": "system", "content": dialogue.system})
+        messages = opening(dialogue)
         lost: str | None = None
         for turn, (question, reference) in enumerate(dialogue.row.turns):
             messages.append({"role": "user", "content": question})

@@ -220,5 +220,3 @@ def describe(error: BaseException) -> str:
     text = response.text if response is not None else str(error.__cause__ or error)
     kind = f"HTTP {response.status_code}" if response is not None else type(error).__name__
     return f"{kind}: {' '.join(text.split())}"[:300]
-
-

@@ -80,8 +80,8 @@ class Scored:
     problems: list[str]
 
 
-def score_grid(grid: Grid, scorers: Sequence[LoadedScorer], backend: str) -> Scored:
-    """Score what is stored, and write results.json."""
+def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
+    """The answers of every cell by (row, task), and one line for each cell or row that cannot be scored."""
     problems: list[str] = []
     cells: dict[tuple[str, str], CellAnswers] = {}
     for target in grid.targets:
@@ -92,9 +92,15 @@ def score_grid(grid: Grid, scorers: Sequence[LoadedScorer], backend: str) -> Sco
                 missing = found.expected - len(found.pairs)
                 detail = "; ".join(found.problems[:3])
                 problems.append(f"{target.row} x {task.name}: {missing} of {found.expected} answers missing ({detail})")
-    for index, target in enumerate(grid.stages):
-        if target is None:
+    for index, stage in enumerate(grid.stages):
+        if stage is None:
             problems.append(f"stage {index + 1} ({grid.tasks[index].name}) is not trained yet; its row is null")
+    return cells, problems
+
+
+def score_grid(grid: Grid, scorers: Sequence[LoadedScorer], backend: str) -> Scored:
+    """Score what is stored, and write results.json."""
+    cells, problems = collect(grid)
     results = {
         "schema": RESULTS_SCHEMA,
         "benchmark": grid.benchmark.name,
@@ -115,9 +121,7 @@ def score_grid(grid: Grid, scorers: Sequence[LoadedScorer], backend: str) -> Sco
     return Scored(results, problems)
 
 
-def _score_one(
-    grid: Grid, scorer: LoadedScorer, cells: dict[tuple[str, str], CellAnswers]
-) -> dict[str, Any]:
+def _score_one(grid: Grid, scorer: LoadedScorer, cells: dict[tuple[str, str], CellAnswers]) -> dict[str, Any]:
     def cell(target: Target | None, task: Task) -> tuple[Cell, int]:
         if target is None:
             return None, 0

@@ -15,7 +15,7 @@ Answer = dict[str, Any]
 class AnswerStore:
     """The answers of one stage to one task, in one file; safe to use from several threads.
 
-    A crash can leave half a line at the end; it is dropped when the file is opened again.
+    A crash can leave half a line at the end; it is not read, and it is cut off before the next line is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,6 +23,7 @@ class AnswerStore:
         self._lock = threading.Lock()
         self._latest: dict[tuple[str, int], Answer] = {}
         self._by_key: dict[str, Answer] = {}
+        self._cut_to: int | None = None
         if path.is_file():
             self._load()
 
@@ -37,9 +38,7 @@ class AnswerStore:
                 raise UserError(
                     f"{self.path}, line {number}: not an answer ({error}); remove the line to ask again"
                 ) from None
-        if len(complete) < len(data):
-            with open(self.path, "r+b") as stream:
-                stream.truncate(len(complete))
+        self._cut_to = len(complete) if len(complete) < len(data) else None
 
     def _remember(self, row: Answer) -> None:
         self._latest[(str(row["id"]), int(row["turn"]))] = row
@@ -50,6 +49,9 @@ class AnswerStore:
         """Add a row; when this returns it is on the disk."""
         with self._lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._cut_to is not None:
+                os.truncate(self.path, self._cut_to)
+                self._cut_to = None
             with open(self.path, "ab") as stream:
                 stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                 stream.flush()

@@ -230,15 +230,18 @@ def usable_rows(
     """
     kept: list[int] = []
     dropped = 0
-    for start in range(0, len(order), _ENCODED_AT_ONCE * ctx.world_size):
-        if len(kept) >= wanted:
-            break
-        window = order[start : start + _ENCODED_AT_ONCE * ctx.world_size]
-        mine = list(window[ctx.rank :: ctx.world_size])
+    at_once = _ENCODED_AT_ONCE * ctx.world_size
+    for start in range(0, len(order), at_once):
+        window = order[start : start + at_once]
+        mine = [rows[i] for i in window[ctx.rank :: ctx.world_size]]
         flags = torch.zeros(len(window), device=ctx.device)
-        encoded = ctx.encode([rows[i] for i in mine]) if mine else []
-        flags[ctx.rank :: ctx.world_size] = torch.tensor([float(usable(e)) for e in encoded], device=ctx.device)
-        found = [flag > 0.5 for flag in ctx.all_reduce_sum(flags).tolist()]
-        kept += [i for i, good in zip(window, found, strict=True) if good]
-        dropped += found.count(False)
-    return kept[:wanted], dropped
+        good = [float(usable(encoded)) for encoded in ctx.encode(mine)] if mine else []
+        flags[ctx.rank :: ctx.world_size] = torch.tensor(good, device=ctx.device)
+        for i, flag in zip(window, ctx.all_reduce_sum(flags).tolist(), strict=True):
+            if len(kept) == wanted:
+                return kept, dropped
+            if flag > 0.5:
+                kept.append(i)
+            else:
+                dropped += 1
+    return kept, dropped

@@ -60,6 +60,7 @@ class Support:
 class MethodConfig:
     """Base of the config dataclasses. Field `x` of method `m` is the flag `--m_x`; the help text is in its metadata.
 
+    A name that Python reserves takes a trailing underscore that the flag does not have: `lambda_` is `--m_lambda`.
     `validate` checks ranges; it runs before anything is loaded.
     """
 
@@ -68,7 +69,7 @@ class MethodConfig:
 
     def fail(self, method: str, name: str, allowed: str) -> None:
         """Refuse the value of a field."""
-        raise UserError(f"--{method}_{name} is {getattr(self, name)!r}, allowed: {allowed}")
+        raise UserError(f"--{method}_{name.rstrip('_')} is {getattr(self, name)!r}, allowed: {allowed}")
 
 
 def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
@@ -280,4 +281,4 @@ class Method:
 def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(flag name without dashes, config field) of a method."""
     for field in dataclasses.fields(method.config_class):
-        yield f"{method.name}_{field.name}", field
+        yield f"{method.name}_{field.name.rstrip('_')}", field

@@ -75,7 +75,9 @@ def _encoder(model: str) -> "SentenceTransformer":
         return SentenceTransformer(model)
     except OSError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--scorer_model {model}: not a folder, not an installed package, and {reason}; {WAY_OUT}") from None
+        raise UserError(
+            f"--scorer_model {model}: not a folder, not an installed package, and {reason}; {WAY_OUT}"
+        ) from None
 
 
 def hub_answers(timeout: float = 5.0) -> bool:

@@ -56,7 +56,9 @@ def names() -> list[str]:
 def check_name(name: str) -> str:
     """The name itself, or a `UserError` that lists the known ones."""
     if name not in names():
-        raise UserError(f"--infer_backend {name!r} is unknown, allowed: {', '.join(names())}{did_you_mean(name, names())}")
+        raise UserError(
+            f"--infer_backend {name!r} is unknown, allowed: {', '.join(names())}{did_you_mean(name, names())}"
+        )
     return name
 
 

@@ -13,7 +13,9 @@ def check(deployment: Deployment, packages: dict[str, str], options: ServerOptio
             "or merge each stage (swift-cl export --merge_lora true) and serve it alone"
         )
     if "lmdeploy" not in packages:
-        raise UserError(f"{options.python} has no lmdeploy; install swift_cl[lmdeploy] there, or use --infer_backend pt")
+        raise UserError(
+            f"{options.python} has no lmdeploy; install swift_cl[lmdeploy] there, or use --infer_backend pt"
+        )
 
 
 def arguments(deployment: Deployment, packages: dict[str, str], options: ServerOptions) -> Command:

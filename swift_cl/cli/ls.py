@@ -1,0 +1,95 @@
+"""`swift-cl ls`: what is available."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+KINDS = ("methods", "tuners", "benchmarks", "scorers")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "ls", help="list methods, tuners, benchmarks or scorers", description="What is available and what it supports."
+    )
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def _methods() -> list[dict[str, Any]]:
+    from swift_cl.methods.base import flags_of
+    from swift_cl.methods.registry import methods
+
+    return [
+        {
+            "name": method.name,
+            "title": method.title,
+            "tuners": list(method.support.tuners),
+            "deepspeed": [f"zero{stage}" for stage in method.support.deepspeed],
+            "packing": method.support.packing,
+            "quantized": method.support.quantized,
+            "flags": [f"--{flag}" for flag, _ in flags_of(method)],
+            "paper": method.paper,
+        }
+        for method in methods().values()
+    ]
+
+
+def _tuners() -> list[dict[str, Any]]:
+    import importlib.metadata
+
+    from swift_cl.tuners import ENTRY_POINT_GROUP
+
+    own = [{"name": e.name, "from": e.value} for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
+    return [{"name": "lora", "from": "ms-swift"}, {"name": "full", "from": "ms-swift"}, *own]
+
+
+def _benchmarks() -> list[dict[str, Any]]:
+    from swift_cl.stream.benchmark import load_benchmark
+
+    roots = {Path("datasets").resolve(), Path(__file__).resolve().parents[2] / "datasets"}
+    found = []
+    for root in sorted(roots):
+        for file in sorted(root.glob("*/benchmark.yaml")):
+            benchmark = load_benchmark(file)
+            found.append(
+                {
+                    "name": benchmark.name,
+                    "tasks": list(benchmark.tasks),
+                    "orders": list(benchmark.orders),
+                    "scorers": list(benchmark.scorers),
+                    "file": str(file),
+                }
+            )
+    return found
+
+
+def _scorers() -> list[dict[str, Any]]:
+    from swift_cl.evaluation.scorers import scorers
+
+    return [
+        {"name": name, "direction": "higher is better" if scorer.higher_is_better else "lower is better",
+         "range": list(scorer.range), "title": (scorer.__doc__ or "").strip().splitlines()[0]}
+        for name, scorer in scorers().items()
+    ]  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list."""
+    rows = {"methods": _methods, "tuners": _tuners, "benchmarks": _benchmarks, "scorers": _scorers}[args.kind]()
+    if args.json:
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [key for key in (rows[0] if rows else {}) if key not in ("flags", "paper")]
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(
+            *(", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in row.items() if k in columns)
+        )
+    Console().print(table)
+    return 0

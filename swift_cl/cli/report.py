@@ -1,0 +1,31 @@
+"""`swift-cl report RUN_DIR ...`: rebuild report.md, report.html and matrix.png from what is on disk."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser(
+        "report",
+        help="rebuild Markdown, HTML and plots from results.json",
+        description="Rebuild report.md, report.html and matrix.png from results.json, and print the table. With several "
+        "runs, a comparison of all of them as well.",
+    )
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder with a results.json")
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder of the comparison of several runs; default: their common parent"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the reports; 1 if a cell is null."""
+    from swift_cl.report.files import write_reports
+    from swift_cl.report.text import render_text
+
+    results, folder = write_reports([Path(d) for d in args.run_dirs], Path(args.output) if args.output else None)
+    print(render_text(results))
+    print(f"\nreport: {folder / 'report.md'}, {folder / 'report.html'}, {folder / 'matrix.png'}")
+    return 1 if any(entry.get("problems") for entry in results) else 0

@@ -1,0 +1,107 @@
+"""Extra PEFT adapters: load a frozen one beside the trained one, and switch between them for one forward.
+
+PEFT's own calls do more than that: `add_adapter` and `set_adapter` change `requires_grad` of the other adapters (PEFT
+issue 3580), which would silently freeze what is trained or train what is history.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from swift_cl.errors import RunFailure, UserError
+from swift_cl.io import sha256_file
+from swift_cl.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = LazyModule("torch")
+
+ADAPTER_FILE = "adapter_model.safetensors"
+TRAINED = "default"
+
+
+def is_peft(model: Any) -> bool:
+    """Whether the model carries PEFT adapters (otherwise it is fine-tuned in full)."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+class AdapterSwitch:
+    """Makes other adapters active for one forward; trained and frozen stay what they were.
+
+    Leave the block before backward: a checkpointed forward is recomputed with whatever is active then.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self._layers = [module for module in model.modules() if isinstance(module, wrappers)]
+
+    @contextmanager
+    def active(self, *names: str) -> Iterator[None]:
+        """Forward with these adapters; with none of them it is the untouched base model."""
+        before = [layer._active_adapter for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer._active_adapter = list(names)
+            yield
+        finally:
+            for layer, adapter in zip(self._layers, before, strict=True):
+                layer._active_adapter = adapter
+
+
+def load_frozen_adapter(model: Any, folder: Path, name: str) -> str:
+    """Add the adapter of `folder` as `name`: not active, not trained, without dropout, in the trained adapter's dtype.
+
+    Returns:
+        The sha256 of the adapter's file.
+
+    Raises:
+        UserError: the folder holds no adapter that can be frozen beside the trained one.
+        RunFailure: the model does not hold what the file holds after loading.
+    """
+    from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise UserError(f"{path}: file not found; the adapter of the earlier task is needed again")
+    config = PeftConfig.from_pretrained(str(folder))
+    if getattr(config, "bias", "none") != "none":
+        raise UserError(f"{folder}: the adapter was trained with bias {config.bias!r}, allowed: none (shared biases)")
+    config.inference_mode = True
+    config.lora_dropout = 0.0
+    config.init_lora_weights = False  # pissa and its kin would change the base weights a second time
+
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):  # PEFT draws initial values that are overwritten below
+        model.add_adapter(name, config)
+    parameters = dict(model.named_parameters())
+    for full_name, parameter in parameters.items():
+        parts = full_name.split(".")
+        if name in parts:
+            twin = parameters.get(".".join(TRAINED if part == name else part for part in parts))
+            if twin is not None:
+                parameter.data = parameter.data.to(twin.dtype)
+        parameter.requires_grad_(trained.get(parameter, False))
+
+    stored = load_file(path)
+    set_peft_model_state_dict(model, dict(stored), adapter_name=name)
+    loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    different = sorted(
+        key
+        for key in loaded.keys() | {key for key in stored if "lora_" in key}
+        if key not in stored
+        or key not in loaded
+        or stored[key].shape != loaded[key].shape
+        or not torch.equal(stored[key].to(loaded[key].dtype), loaded[key].detach().cpu())
+    )
+    if different:
+        raise RunFailure(f"{path}: {len(different)} tensors were not loaded as adapter '{name}': {different[:5]}")
+    return sha256_file(path)

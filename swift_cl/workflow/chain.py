@@ -1,0 +1,76 @@
+"""The training process of `swift-cl run`: all stages of all plans, with the base model loaded once."""
+
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+from swift_cl import distributed
+from swift_cl.errors import UserError
+from swift_cl.io import read_json
+from swift_cl.stages import STAGE_FILE, Stage, load_stage
+from swift_cl.workflow.plan import PLAN_FILE
+
+
+def say(text: str) -> None:
+    """One progress line, on rank 0."""
+    if distributed.world()[0] == 0:
+        print(text, flush=True)
+
+
+def finished(folder: Path, previous: Stage | None) -> Stage | None:
+    """The stage in `folder` if it is complete and was trained from `previous`.
+
+    Raises:
+        UserError: it was trained from other weights than the stage before now has.
+    """
+    if not (folder / STAGE_FILE).is_file():
+        return None
+    stage = load_stage(folder)
+    wanted = previous.weights_sha256 if previous else None
+    had = stage.started_from["weights_sha256"] if stage.started_from else None
+    if wanted != had:
+        raise UserError(
+            f"{folder}: was trained from other weights than {previous.dir if previous else 'the base model'}"
+            " now has; use --overwrite to train the chain anew"
+        )
+    return stage
+
+
+def train_plan(plan: dict[str, Any], shared: tuple[Any, Any] | None, done: int, total: int) -> tuple[Any, int]:
+    """Train what is missing of one plan; returns the base model for the next plan and the count of stages done."""
+    from swift_cl.training.sft import CLSft
+
+    previous: Stage | None = None
+    for entry in plan["stages"]:
+        done += 1
+        folder = Path(entry["dir"])
+        label = f"[{done}/{total}] {plan['method']}: stage {entry['task']}"
+        stage = finished(folder, previous)
+        if stage is not None:
+            say(f"{label} is finished already")
+            previous = stage
+            continue
+        say(f"{label}: training")
+        started = time.time()
+        argv = entry["argv"] + (["--cl_previous", str(previous.dir)] if previous else [])
+        sft = CLSft(argv, shared)
+        sft.main()
+        shared = sft.release()
+        del sft
+        gc.collect()
+        previous = load_stage(folder)
+        say(f"{label}: done in {time.time() - started:.0f} s ({previous.train['steps']} steps)")
+    return shared, done
+
+
+def main(run_dirs: list[str]) -> None:
+    """Train every plan; `run_dirs` hold their plan.json."""
+    plans = [read_json(Path(folder) / PLAN_FILE) for folder in run_dirs]
+    total = sum(len(plan["stages"]) for plan in plans)
+    shared: tuple[Any, Any] | None = None
+    model: str | None = None
+    done = 0
+    for plan in plans:
+        shared, done = train_plan(plan, shared if plan["model"] == model else None, done, total)
+        model = plan["model"]

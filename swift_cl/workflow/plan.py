@@ -1,0 +1,174 @@
+"""What a run will do, as pure data: nothing here starts, writes or downloads anything."""
+
+import json
+import shlex
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from swift_cl.errors import UserError
+from swift_cl.io import read_json
+from swift_cl.stages import stage_dir_name
+from swift_cl.stream.benchmark import Benchmark
+from swift_cl.training.flags import check_method_flags, flag_values
+from swift_cl.training.preflight import check_model
+from swift_cl.workflow.config import RunConfig
+
+PLAN_FILE = "plan.json"
+PLAN_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: the flags of its `swift-cl sft`, without --cl_previous, which is the stage before."""
+
+    task: str
+    dir: str
+    argv: list[str]
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One method over one order."""
+
+    name: str
+    run_dir: str
+    benchmark: str
+    data_dir: str | None
+    method: str
+    model: str
+    order: list[str]
+    seed: int
+    stages: list[StagePlan]
+
+    def save(self) -> None:
+        """Write `plan.json` into the run folder."""
+        from swift_cl.io import write_json
+
+        write_json(Path(self.run_dir) / PLAN_FILE, {"schema": PLAN_SCHEMA, **asdict(self)})
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """A mapping as command-line flags."""
+    argv: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        argv.append(f"--{key}")
+        if isinstance(value, (list, tuple)):
+            argv += [str(item) for item in value]
+        elif isinstance(value, bool):
+            argv.append(str(value).lower())
+        elif isinstance(value, dict):
+            argv.append(json.dumps(value, ensure_ascii=False))
+        else:
+            argv.append(str(value))
+    return argv
+
+
+# Set by the chain itself; a run file that sets them would break it.
+RESERVED = (
+    "model", "dataset", "output_dir", "cl_method", "cl_task", "cl_previous", "cl_resume", "add_version", "system",
+    "adapters", "seed",
+)  # fmt: skip
+
+
+def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
+    """One plan a method.
+
+    Raises:
+        UserError: unknown method, order or setting, or a missing model or data file.
+    """
+    tasks = benchmark.order(config.order)
+    for key in RESERVED:
+        if key in config.train:
+            raise UserError(f"train.{key} cannot be set: the chain sets it from the benchmark and the run file")
+    check_model(config.model)
+    plans = []
+    for method in config.methods:
+        run_dir = Path(config.output_dir) / method
+        stages = []
+        for index, task in enumerate(tasks):
+            folder = run_dir / stage_dir_name(index, task.name)
+            values = {
+                "model": config.model,
+                "dataset": str(training_file(task.train, run_dir, task.name, task.file_format, task.train_limit)),
+                "output_dir": str(folder),
+                "add_version": False,
+                "seed": config.seed,
+                "system": task.system,
+                "cl_method": method,
+                "cl_task": task.name,
+                "cl_resume": True,
+                "check_model": False,
+                "report_to": "none",
+                **config.train,
+                **config.method_settings.get(method, {}),
+            }
+            argv = flags(values)
+            check_method_flags(argv)
+            stages.append(StagePlan(task.name, str(folder), argv, task.system))
+        plans.append(
+            RunPlan(
+                config.name or f"{benchmark.name}_{method}",
+                str(run_dir),
+                config.benchmark,
+                config.data_dir,
+                method,
+                config.model,
+                [task.name for task in tasks],
+                config.seed,
+                stages,
+            )
+        )
+    return plans
+
+
+def training_file(train: Path, run_dir: Path, task: str, file_format: str, limit: int | None) -> Path:
+    """The file that ms-swift reads: the task's own one, or the run's conversion of a format that ms-swift lacks."""
+    if file_format == "messages" and limit is None:
+        return train
+    return run_dir / "data" / f"{task}.train.jsonl"
+
+
+def check_against_existing(plan: RunPlan) -> None:
+    """Refuse to continue a run that was made with other settings: its stages would not belong together."""
+    path = Path(plan.run_dir) / PLAN_FILE
+    if not path.is_file():
+        return
+    old = read_json(path)
+    new = json.loads(json.dumps({"schema": PLAN_SCHEMA, **asdict(plan)}))
+    if old == new:
+        return
+    raise UserError(
+        f"{plan.run_dir}: was made with other settings ({_difference(old, new)}); "
+        "use another output_dir, or --overwrite to start it anew"
+    )
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    for key in ("benchmark", "data_dir", "method", "model", "order", "seed"):
+        if old.get(key) != new[key]:
+            return f"{key} was {old.get(key)!r}, is {new[key]!r}"
+    for before, after in zip(old.get("stages", []), new["stages"], strict=False):
+        was, now = flag_values(before["argv"]), flag_values(after["argv"])
+        for flag in sorted(was.keys() | now.keys()):
+            if was.get(flag) != now.get(flag):
+                return f"--{flag} was {' '.join(was.get(flag, ['not set']))}, is {' '.join(now.get(flag, ['not set']))}"
+    return f"{PLAN_FILE} differs"
+
+
+def preview(plans: list[RunPlan], eval_argv: list[str] | None) -> str:
+    """Every command, data set and path, as text that can be pasted into a shell."""
+    lines = []
+    for plan in plans:
+        lines.append(f"# {plan.method}: {' -> '.join(plan.order)} into {plan.run_dir}")
+        before: str | None = None
+        for stage in plan.stages:
+            argv = stage.argv + (["--cl_previous", before] if before else [])
+            lines.append("swift-cl sft " + shlex.join(argv))
+            before = stage.dir
+    if eval_argv is not None:
+        lines.append("swift-cl eval " + shlex.join(eval_argv))
+    return "\n".join(lines)

@@ -1,0 +1,76 @@
+"""`swift-cl run`: plan, train, evaluate, report; every part is skipped where its result is there already."""
+
+import os
+import shutil
+from pathlib import Path
+
+from swift_cl.errors import RunFailure
+from swift_cl.io import write_jsonl
+from swift_cl.stages import STAGE_FILE, Run, load_stage
+from swift_cl.stream.benchmark import Benchmark
+from swift_cl.workflow.config import RunConfig
+from swift_cl.workflow.plan import RunPlan, check_against_existing, flags, make_plans, training_file
+
+
+def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[RunPlan]:
+    """Check everything and write plans and data files; nothing is trained."""
+    plans = make_plans(config, benchmark)
+    tasks = benchmark.order(config.order)
+    rows = {task.name: task.train_rows() for task in tasks}  # reads, and so checks, every file before anything starts
+    for task in tasks:
+        task.test_rows()
+    for plan in plans:
+        if overwrite:
+            shutil.rmtree(plan.run_dir, ignore_errors=True)
+        check_against_existing(plan)
+    for plan in plans:
+        plan.save()
+        for task in tasks:
+            file = training_file(task.train, Path(plan.run_dir), task.name, task.file_format, task.train_limit)
+            if file != task.train:
+                write_jsonl(file, [{"id": row.id, **row.as_training_row(None)} for row in rows[task.name]])
+    return plans
+
+
+def is_trained(plan: RunPlan) -> bool:
+    """Whether every stage of the plan is finished."""
+    return all((Path(stage.dir) / STAGE_FILE).is_file() for stage in plan.stages)
+
+
+def train(plans: list[RunPlan], verbose: bool) -> None:
+    """Train what is missing, in one process (or one a GPU) for all plans.
+
+    Raises:
+        UserError, RunFailure: what the training process reported.
+    """
+    missing = [plan for plan in plans if not is_trained(plan)]
+    if missing:
+        from swift_cl.cli.launch import launch
+
+        if not verbose:
+            os.environ.setdefault("LOG_LEVEL", "WARNING")
+        code = launch("chain", [plan.run_dir for plan in plans])
+        if code != 0:
+            raise RunFailure(
+                f"training ended with exit code {code}; its output is above, and finished stages are kept: "
+                "the same command continues"
+            )
+    for plan in plans:
+        stages = [load_stage(Path(stage.dir)) for stage in plan.stages]
+        Run(
+            dir=Path(plan.run_dir),
+            name=plan.name,
+            benchmark=plan.benchmark,
+            data_dir=plan.data_dir,
+            order=plan.order,
+            method=plan.method,
+            model=stages[0].base_model,
+            model_args=stages[0].model_args,
+            seed=plan.seed,
+            stages=stages,
+        ).save()
+
+
+def eval_argv(config: RunConfig, plans: list[RunPlan]) -> list[str]:
+    """The command line of the evaluation."""
+    return [*(plan.run_dir for plan in plans), *flags(config.eval)]
