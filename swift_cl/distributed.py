@@ -5,6 +5,7 @@ DeepSpeed     accelerate calls engine.step() inside backward, so gradients can b
               wrapped engine.step, at an accumulation boundary, through deepspeed's safe_* functions.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -172,7 +173,8 @@ class DeepSpeedEngine:
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
             return torch.zeros(_full_shape(parameter), dtype=torch.float32, device=parameter.device)
-        return gradient.detach().float() / self._scale()
+        unscaled: Tensor = gradient.detach().float() / self._scale()
+        return unscaled
 
     def _write(self, parameter: "nn.Parameter", value: "Tensor") -> None:
         from deepspeed.utils import safe_set_full_grad
@@ -207,6 +209,11 @@ def world() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def launched_processes() -> int:
+    """Number of processes that the launcher started; known before the process group is."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier() -> None:

@@ -17,8 +17,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "eval",
         help="serve once, fill the stage x task grid, score it",
-        description="Ask the base model and every stage all test questions of all tasks, with one server that holds all "
-        "adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers are stored as "
+        description="Ask the base model and every stage all test questions of all tasks, with one server that holds "
+        "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers are stored as "
         "they arrive: a second call asks only what is missing, failed or changed. Exit code 1 when a cell is null.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder; several share one server")
@@ -72,7 +72,7 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
         "--system",
         choices=("stage", "task", "none"),
         default="stage",
-        help="system prompt: that of the stage that answers (the base model gets the task's), that of the task, or none",
+        help="system prompt: that of the stage that answers (the base model gets the task's), the task's, or none",
     )
     group.add_argument(
         "--max_tokens", metavar="N", type=_positive, help="tokens an answer; default: benchmark's or 512"

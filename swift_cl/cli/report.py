@@ -10,8 +10,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="rebuild Markdown, HTML and plots from results.json",
-        description="Rebuild report.md, report.html and matrix.png from results.json, and print the table. With several "
-        "runs, a comparison of all of them as well.",
+        description="Rebuild report.md, report.html and matrix.png from results.json, and print the table. With "
+        "several runs, a comparison of all of them as well.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder with a results.json")
     parser.add_argument(

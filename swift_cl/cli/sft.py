@@ -1,7 +1,7 @@
 """`swift-cl sft`: `swift sft` with a continual-learning method."""
 
 from swift_cl.cli.launch import launch
-from swift_cl.training.flags import check_method_flags, flag_values, help_text
+from swift_cl.training.flags import check_method_flags, first, flag_values, help_text
 from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
 
 SUMMARY = "train one stage: every flag of `swift sft`, plus --cl_method and the flags of that method"
@@ -24,5 +24,5 @@ def run(argv: list[str]) -> int:
         for model in given.get("model", []):
             check_model(model)
         check_data(given.get("dataset", []))
-        start_of_stage(given, load_previous((given.get("cl_previous") or [None])[0]))
+        start_of_stage(given, load_previous(first(given, "cl_previous")))
     return launch("sft", argv)

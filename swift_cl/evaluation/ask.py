@@ -95,7 +95,7 @@ class Asker:
         """Ask all dialogues; `on_turn` is called once for each of their turns.
 
         Raises:
-            RunFailure: going on makes no sense (unknown model, dead server, endpoint gone). What was answered is stored.
+            RunFailure: going on makes no sense (unknown model, dead server, endpoint gone). All answers are stored.
         """
         work: queue.SimpleQueue[Dialogue] = queue.SimpleQueue()
         done: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()

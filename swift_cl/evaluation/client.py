@@ -88,24 +88,21 @@ class Endpoint:
         check_alive: Callable[[], None] = lambda: None,
     ) -> None:
         import os
+        from urllib.parse import urlsplit
 
-        import httpx
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
 
         self.base_url = base_url.rstrip("/")
         self.retry = retry or RetryPolicy()
         self.check_alive = check_alive
         self.stopped = threading.Event()
-        local = httpx.URL(self.base_url).host in ("127.0.0.1", "localhost", "::1")
+        local = urlsplit(self.base_url).hostname in ("127.0.0.1", "localhost", "::1")
         self._client = OpenAI(
             base_url=self.base_url,
             api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,  # retried below, where it is known what is worth it
-            timeout=httpx.Timeout(self.retry.timeout, connect=10.0),
-            http_client=httpx.Client(
-                trust_env=not local,  # no proxy between us and our own server
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            ),
+            timeout=self.retry.timeout,
+            http_client=DefaultHttpxClient(trust_env=not local),  # no proxy between us and our own server
         )
 
     def models(self) -> list[str]:

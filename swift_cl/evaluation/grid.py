@@ -123,7 +123,7 @@ class _Stores:
 
 
 def dialogues(plan: ServerPlan, policy: str, stores: Callable[[Grid, Target, str], AnswerStore]) -> list[Dialogue]:
-    """All dialogues of a server, model by model, so that batches are of one adapter; equal ones of several runs once."""
+    """All dialogues of a server, model by model, so that batches are of one adapter; those that runs share once."""
     merged: dict[str, tuple[Dialogue, list[AnswerStore]]] = {}
     for grid, target in plan.targets:
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
@@ -266,8 +266,8 @@ def _names_at(endpoint: Endpoint, plan: ServerPlan, options: EvalOptions) -> dic
         name = next((name for name in wanted if name in listed), None)
         if name is None:
             raise UserError(
-                f"{endpoint.base_url} lists no model {' or '.join(wanted)} for {target.row} of {grid.run.dir}; it lists "
-                f"{', '.join(listed)}; pass --served_name {target.row}=NAME if it has another name there"
+                f"{endpoint.base_url} lists no model {' or '.join(wanted)} for {target.row} of {grid.run.dir}; it "
+                f"lists {', '.join(listed)}; pass --served_name {target.row}=NAME if it has another name there"
             )
         names.setdefault(target.weights, name)
     return names

@@ -19,7 +19,7 @@ from swift_cl.stages import WEIGHTS
 
 IDENTITY_FILE = "identity.json"
 IDENTITY_SCHEMA = 1
-PROBES = 4
+PROBES = 3
 TEXT_TOKENS = 32
 SAME = 1e-6
 """Nats; below this two fingerprints are one. Raised to twice the difference between two asks of the same model."""
@@ -92,8 +92,8 @@ class IdentityCheck:
             return  # an adapter that was not trained at all is the base model
         what = "the base model" if other.stage is None else f"{other.served!r}"
         raise RunFailure(
-            f"{endpoint.base_url}: {target.served!r} answers exactly as {what} does, so the endpoint does not really serve "
-            f"both; {WAY_OUT}"
+            f"{endpoint.base_url}: {target.served!r} answers exactly as {what} does, so the endpoint does not really "
+            f"serve both; {WAY_OUT}"
         )
 
     def _compare_with_earlier(self, endpoint: Endpoint) -> None:

@@ -116,8 +116,8 @@ def _targets(run: Run, order: Sequence[str]) -> tuple[Target, tuple[Target | Non
     for stage in run.stages:
         if stage.index >= len(order) or order[stage.index] != stage.task:
             raise UserError(
-                f"{stage.dir}: stage {stage.index + 1} learned {stage.task!r}, which is not task {stage.index + 1} of the "
-                f"order {', '.join(order)}"
+                f"{stage.dir}: stage {stage.index + 1} learned {stage.task!r}, which is not task {stage.index + 1} of "
+                f"the order {', '.join(order)}"
             )
         if stage.base_model != run.stages[0].base_model and stage.weights_sha256 is not None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""From stored answers to results.json: pair by sample id and turn, score, and leave a cell null unless it is complete."""
+"""From stored answers to results.json: pair by sample id and turn, score, leave a cell null unless it is complete."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,7 +149,7 @@ def _score_one(grid: Grid, scorer: LoadedScorer, cells: dict[tuple[str, str], Ce
 
 
 def choose_scorers(grids: Sequence[Grid], asked: Sequence[str]) -> list[str]:
-    """Names of the scorers: those asked for, else what the benchmarks and their tasks name, each applied to all tasks."""
+    """Names of the scorers: those asked for, else those of the benchmarks and their tasks; each for all tasks."""
     named = list(asked) or [
         name for grid in grids for name in (*grid.benchmark.scorers, *(s for task in grid.tasks for s in task.scorers))
     ]

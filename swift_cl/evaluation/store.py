@@ -1,4 +1,4 @@
-"""Stored answers: one JSON line a turn, appended and flushed to the disk as they arrive, the last line of a turn counts."""
+"""Stored answers: one JSON line a turn, appended and flushed to disk as they arrive; the last line of a turn counts."""
 
 import json
 import os

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 
-def divergence_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, top_k: int, chunk: int) -> Tensor:
+def divergence_sum(
+    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, top_k: int, chunk: int
+) -> Tensor:
     """sum over positions in `mask` of KL(softmax(teacher / T) || softmax(student / T)), in fp32.
 
     The gradient has a closed form, (q - p) / T per position, and is computed in the same pass, chunk by chunk: beside
@@ -23,7 +25,8 @@ def divergence_sum(student: Tensor, teacher: Tensor, mask: Tensor, temperature: 
         top_k: compare the teacher's k most likely tokens and one bucket of all others; 0 for the full vocabulary.
         chunk: positions at a time.
     """
-    total: Tensor = _DivergenceSum.apply(student, teacher.detach(), mask, temperature, top_k, chunk)  # type: ignore[no-untyped-call]
+    apply: Any = _DivergenceSum.apply
+    total: Tensor = apply(student, teacher.detach(), mask, temperature, top_k, chunk)
     return total
 
 
@@ -49,7 +52,7 @@ class _DivergenceSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad.to(gradient.dtype), None, None, None, None, None
 

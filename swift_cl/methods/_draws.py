@@ -10,6 +10,7 @@ from swift_cl.io import sha256_json
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
 else:
     from swift_cl.lazy import LazyModule
 
@@ -18,21 +19,25 @@ else:
 Key = str | int
 
 
-def _philox(key: tuple[Key, ...], counter: int = 0) -> "np.random.Philox":
-    number = int(sha256_json(list(key))[:32], 16)
-    # The lowest word counts within one draw; putting ours above it keeps draws of neighbouring counters apart.
-    return np.random.Philox(key=number, counter=counter << 64)
+_WORDS_A_COUNT = 4
+
+
+def _words(first: int, count: int, key: tuple[Key, ...]) -> "NDArray[np.uint64]":
+    """Words `first` to `first + count` of the stream that belongs to the key."""
+    blocks, skipped = divmod(first, _WORDS_A_COUNT)
+    stream = np.random.Philox(key=int(sha256_json(list(key))[:32], 16), counter=blocks)
+    words: NDArray[np.uint64] = stream.random_raw(skipped + count)[skipped:]
+    return words
 
 
 def permutation(count: int, *key: Key) -> list[int]:
     """The numbers 0 to `count` - 1 in random order."""
-    words = _philox(key).random_raw(count)
-    return [int(i) for i in np.argsort(words, kind="stable")]
+    return [int(i) for i in np.argsort(_words(0, count, key), kind="stable")]
 
 
-def below(bound: int, counter: int, *key: Key) -> int:
-    """Draw number `counter` of a stream: uniform over 0 to `bound` - 1 (up to 2^-64 x bound)."""
-    return (int(_philox(key, counter).random_raw()) * bound) >> 64
+def slots_up_to(first: int, count: int, *key: Key) -> list[int]:
+    """For each number i from `first` on, a draw that is uniform over 0 to i and depends on the key and i alone."""
+    return [(int(word) * (i + 1)) >> 64 for i, word in enumerate(_words(first, count, key), start=first)]
 
 
 def seed32(*key: Key) -> int:

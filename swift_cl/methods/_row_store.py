@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, sha256_json
-from swift_cl.methods._draws import Key, below
+from swift_cl.methods._draws import slots_up_to
 from swift_cl.methods.base import TaskContext, TrainingRow
 
 if TYPE_CHECKING:
@@ -145,35 +145,27 @@ class RowStore:
     def stream(self, seen: SeenTask, arriving: Sequence[StoredRow], capacity: int, seed: int) -> None:
         """Let rows pass a reservoir that spans all tasks."""
         self.seen.append(seen)
-        self.rows, self.stream_length = reservoir(self.rows, arriving, capacity, self.stream_length, seed)
+        draws = slots_up_to(self.stream_length, len(arriving), seed)
+        self.rows = reservoir(self.rows, arriving, capacity, self.stream_length, draws)
+        self.stream_length += len(arriving)
 
 
 def reservoir(
-    slots: Sequence[StoredRow],
-    arriving: Sequence[StoredRow],
-    capacity: int,
-    passed: int,
-    *key: Key,
-    draw: Callable[..., int] = below,
-) -> tuple[list[StoredRow], int]:
+    slots: Sequence[StoredRow], arriving: Sequence[StoredRow], capacity: int, passed: int, draws: Sequence[int]
+) -> list[StoredRow]:
     """Vitter's algorithm R: every row that ever passed is kept with the same probability.
 
     Args:
-        passed: rows that passed before; the draw of a row depends on the key and on its number alone.
-        draw: `draw(bound, number, *key)`, uniform below `bound`.
-
-    Returns:
-        The slots and the new count of passed rows.
+        passed: rows that passed before.
+        draws: for each arriving row number i, counted over all tasks, a number from 0 to i.
     """
     slots = list(slots)
-    for number, row in enumerate(arriving, start=passed):
+    for number, (row, slot) in enumerate(zip(arriving, draws, strict=True), start=passed):
         if number < capacity:
             slots.append(row)
-        else:
-            slot = draw(number + 1, number, *key)
-            if slot < capacity:
-                slots[slot] = row
-    return slots, passed + len(arriving)
+        elif slot < capacity:
+            slots[slot] = row
+    return slots
 
 
 def round_half_up(value: Fraction) -> int:

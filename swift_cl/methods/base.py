@@ -131,20 +131,34 @@ class TaskContext(Protocol):
         is_logging_step: whether values logged now will be shown.
     """
 
-    task: str
-    earlier: list[EarlierTask]
-    seed: int
-    rank: int
-    world_size: int
-    device: Any
-    system: str | None
-    model: Any
-    parameters: "Mapping[str, nn.Parameter]"
-    step: int
-    max_steps: int
-    micro_batch: int
-    global_batch: int
-    is_logging_step: bool
+    @property
+    def task(self) -> str: ...
+    @property
+    def earlier(self) -> list[EarlierTask]: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> Any: ...
+    @property
+    def system(self) -> str | None: ...
+    @property
+    def model(self) -> Any: ...
+    @property
+    def parameters(self) -> "Mapping[str, nn.Parameter]": ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def max_steps(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def is_logging_step(self) -> bool: ...
 
     @property
     def task_index(self) -> int:

@@ -1,9 +1,11 @@
 """cia: Large Continual Instruction Assistant, an average of the weights whose inertia is chosen at every step."""
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
@@ -41,6 +43,27 @@ class CiaConfig(MethodConfig):
             self.fail("cia", "scale", "only with --cia_variant released")
 
 
+@dataclass
+class Running:
+    """The average and what its formula needs, while a task is trained. Everything is fp32.
+
+    Attributes:
+        ema: theta* by name.
+        start: the weights when the task began, on the CPU; only the report at the end reads them.
+        before: the weights before the current step.
+        last_gradient: all gradients of the last applied step as one vector; None before the first.
+        sums: over the steps, of the mean beta and of the share of fallbacks.
+        steps: their number.
+    """
+
+    ema: "dict[str, Tensor]"
+    start: "dict[str, Tensor]"
+    before: "dict[str, Tensor]"
+    last_gradient: "Tensor | None"
+    sums: "Tensor"
+    steps: int = 0
+
+
 class Cia(Method):
     """theta*_t = beta_t theta*_{t-1} + (1 - beta_t) theta_t after every step, one beta a tensor; theta* is kept.
 
@@ -57,145 +80,130 @@ class Cia(Method):
 
     def __init__(self, config: CiaConfig) -> None:
         super().__init__(config)
-        self._names: list[str] = []
-        # All fp32, one tensor a name: theta*, the weights before the current step, the weights when the task began.
-        self._ema: list[Tensor] = []
-        self._before: list[Tensor] = []
-        self._start: list[Tensor] = []
-        # All gradients as one vector: of the current step, and of the last applied one (None before the first).
+        self._run: Running | None = None  # None in the first task
         self._gradient: Tensor | None = None
-        self._last_gradient: Tensor | None = None
-        # Sums over steps of (mean beta, share of fallbacks), and their number.
-        self._sums: Tensor | None = None
-        self._steps = 0
-
-    @property
-    def _adaptive(self) -> bool:
-        return self.config.variant != "fixed"
 
     def train_begin(self, ctx: TaskContext) -> None:
         if not ctx.earlier:
             return
         weights = ctx.weights()
         check_shapes(self.name, ctx.previous_state().meta["parameters"], shapes_of(weights))
-        self._names = list(weights)
-        live = list(weights.values())
-        self._ema = [weight.detach().clone() for weight in live]
-        self._start = [weight.detach().to("cpu", copy=True) for weight in live]
-        self._sums = torch.zeros(2, device=live[0].device)
-        if self._adaptive:
-            self._before = [weight.detach().clone() for weight in live]
+        device = next(iter(weights.values())).device
+        self._run = Running(
+            ema=_copies(weights),
+            start={name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()},
+            before=_copies(weights) if self.config.variant == "paper" else {},
+            last_gradient=None,
+            sums=torch.zeros(2, device=device),
+        )
 
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
-        if self._names and self._adaptive:
-            assert grads.names == self._names
-            # A copy: the engine may hand out its own buffer, and clipping changes it after this hook.
+        if self._run is not None and self.config.variant != "fixed":
+            assert grads.names == list(self._run.ema)
+            # A copy: the engine may hand out its own buffer, and clipping changes that after this hook.
             self._gradient = grads.flat().detach().clone()
 
     def after_step(self, ctx: TaskContext) -> None:
-        if not self._names:
+        run = self._run
+        if run is None:
             return
         weights = ctx.weights()
-        live = [weights[name] for name in self._names]
-        if self._adaptive:
-            beta, fallback = self._betas(live)
-            # lerp(theta*, theta, 1 - beta) = beta theta* + (1 - beta) theta
-            torch._foreach_lerp_(self._ema, live, list((1 - beta).unbind()))
-            torch._foreach_copy_(self._before, live)
-            self._last_gradient = self._gradient
-            share = fallback.float().mean()
-        else:
-            torch._foreach_lerp_(self._ema, live, 1 - self.config.beta_fallback)
-            assert self._sums is not None
-            beta = torch.full_like(self._sums[:1], self.config.beta_fallback)
-            share = torch.zeros_like(self._sums[0])
-        mean = beta.mean()
-        ctx.log("cia_beta", mean)
-        ctx.log("cia_fallback", share)
-        self._sums = self._sums + torch.stack((mean, share)) if self._sums is not None else None
-        self._steps += 1
+        live = [weights[name] for name in run.ema]
+        weight, fallback = self._weight_of_new(run, live)
+        torch._foreach_lerp_(list(run.ema.values()), live, list(weight.unbind()))
+        if run.before:
+            torch._foreach_copy_(list(run.before.values()), live)
+        run.last_gradient = self._gradient
+        seen = torch.stack((1 - weight.mean(), fallback.float().mean()))
+        ctx.log("cia_beta", seen[0])
+        if self.config.variant != "fixed":
+            ctx.log("cia_fallback", seen[1])
+        run.sums += seen
+        run.steps += 1
 
-    def _betas(self, live: "list[Tensor]") -> "tuple[Tensor, Tensor]":
-        """(beta, whether it is the fallback) of every tensor."""
-        assert self._gradient is not None
-        distance = _l1(torch._foreach_sub(live, self._ema))
-        if self._last_gradient is None:
-            missing = torch.ones_like(distance, dtype=torch.bool)
-            return torch.full_like(distance, self.config.beta_fallback), missing
+    def _weight_of_new(self, run: Running, live: "list[Tensor]") -> "tuple[Tensor, Tensor]":
+        """(1 - beta, whether it is the fallback) of every tensor."""
+        fallback = torch.full((len(live),), 1 - self.config.beta_fallback, device=run.sums.device)
+        if self.config.variant == "fixed" or self._gradient is None or run.last_gradient is None:
+            return fallback, torch.ones_like(fallback, dtype=torch.bool)
         sizes = [tensor.numel() for tensor in live]
-        slope = _l1((self._gradient - self._last_gradient).split(sizes))
-        size = _l1(self._gradient.split(sizes)) + 1
+        size = _l1(torch.split(self._gradient, sizes)) + 1
+        slope = _l1(torch.split(self._gradient - run.last_gradient, sizes))
+        distance = _l1(torch._foreach_sub(live, list(run.ema.values())))
         if self.config.variant == "paper":
-            moved = _l1(torch._foreach_sub(live, self._before))
-            beta = size * moved / (distance * slope)
+            moved = _l1(torch._foreach_sub(live, list(run.before.values())))
+            found = size * moved / (distance * slope)
         else:
-            beta = 1 - self.config.scale * size / (distance * slope)
+            found = self.config.scale * size / (distance * slope)
         # A zero denominator gives infinity or NaN, which are not in (0, 1) either.
-        fallback = ~((beta > 0) & (beta < 1))
-        return torch.where(fallback, self.config.beta_fallback, beta), fallback
+        usable = (found > 0) & (found < 1)
+        weight = 1 - found if self.config.variant == "paper" else found
+        return torch.where(usable, weight, fallback), ~usable
 
     def checkpoint_state(self, ctx: TaskContext) -> MethodState | None:
-        if not self._names:
+        run = self._run
+        if run is None:
             return None
-        groups = {"ema": self._by_name(self._ema), "start": self._by_name(self._start)}
-        if self._adaptive:
-            groups["before"] = self._by_name(self._before)
-        tensors = pack(**groups)
-        if self._last_gradient is not None:
-            tensors["last_gradient"] = self._last_gradient
-        assert self._sums is not None
-        tensors["sums"] = self._sums
-        parameters = shapes_of(groups["ema"])
-        return MethodState(tensors, {"parameters": parameters, "variant": self.config.variant, "steps": self._steps})
+        tensors = {**pack(ema=run.ema, start=run.start, before=run.before), "sums": run.sums}
+        if run.last_gradient is not None:
+            tensors["last_gradient"] = run.last_gradient
+        meta = {"parameters": shapes_of(run.ema), "variant": self.config.variant, "steps": run.steps}
+        return MethodState(tensors, meta)
 
     def restore_checkpoint(self, ctx: TaskContext, state: MethodState) -> None:
-        if not self._names:
+        if self._run is None:
             return
-        check_shapes(self.name, state.meta["parameters"], shapes_of(self._by_name(self._ema)))
-        self._ema = self._restored(state, "ema", self._ema)
-        self._start = self._restored(state, "start", self._start)
-        if self._adaptive:
-            self._before = self._restored(state, "before", self._before)
-            last = state.tensors.get("last_gradient")
-            self._last_gradient = None if last is None else last.to(self._ema[0].device)
-        self._sums = state.tensors["sums"].to(self._ema[0].device)
-        self._steps = state.meta["steps"]
-
-    def _by_name(self, tensors: "list[Tensor]") -> "dict[str, Tensor]":
-        return dict(zip(self._names, tensors, strict=True))
-
-    def _restored(self, state: MethodState, group: str, like: "list[Tensor]") -> "list[Tensor]":
-        stored = unpack(state.tensors, group)
-        return [stored[name].to(tensor.device) for name, tensor in zip(self._names, like, strict=True)]
+        check_shapes(self.name, state.meta["parameters"], shapes_of(self._run.ema))
+        if state.meta["variant"] != self.config.variant:
+            raise UserError(
+                f"--cia_variant is {self.config.variant!r}, but the checkpoint was trained with "
+                f"{state.meta['variant']!r}"
+            )
+        device = self._run.sums.device
+        order = list(self._run.ema)
+        on_device = {name: tensor.to(device) for name, tensor in state.tensors.items() if not name.startswith("start/")}
+        ema, before, start = unpack(on_device, "ema"), unpack(on_device, "before"), unpack(state.tensors, "start")
+        self._run = Running(
+            ema={name: ema[name] for name in order},
+            start={name: start[name] for name in order},
+            before={name: before[name] for name in order if before},
+            last_gradient=on_device.get("last_gradient"),
+            sums=on_device["sums"],
+            steps=state.meta["steps"],
+        )
 
     def end_task(self, ctx: TaskContext) -> MethodState:
         weights = ctx.weights()
         meta: dict[str, Any] = {"parameters": shapes_of(weights), "variant": self.config.variant}
         meta.update(mean_beta=None, fallback_share=None, ratio=None)
-        if self._names and self._steps:
-            assert self._sums is not None
-            mean, share = (self._sums / self._steps).tolist()
-            meta["mean_beta"], meta["fallback_share"] = mean, share if self._adaptive else None
-            meta["ratio"] = self._ratio([weights[name] for name in self._names])
-            if meta["ratio"] is not None and meta["ratio"] > PLAIN:
-                ctx.notice(
-                    f"the kept average moved {meta['ratio']:.3f} of the way of the plain weights (mean beta {mean:.3f}): "
-                    "it protects almost nothing; try --cia_variant fixed or another --cia_scale"
-                )
+        run = self._run
+        if run is not None and run.steps:
+            meta["mean_beta"], share = (run.sums / run.steps).tolist()
+            meta["fallback_share"] = None if self.config.variant == "fixed" else share
+            moved = _distance(weights, run.start)
+            if moved > 0:
+                ratio = meta["ratio"] = _distance(run.ema, run.start) / moved
+                if ratio > PLAIN:
+                    ctx.notice(
+                        f"the kept average went {ratio:.3f} of the way of the plain weights (mean beta "
+                        f"{meta['mean_beta']:.3f}), so it protects next to nothing; try --cia_variant fixed"
+                    )
         return MethodState(meta=meta)
 
-    def _ratio(self, live: "list[Tensor]") -> float | None:
-        """|theta* - theta_old| / |theta - theta_old| over all tensors; None if nothing moved."""
-        kept, plain = (
-            sum(float((t.cpu() - start).double().square().sum()) for t, start in zip(tensors, self._start, strict=True))
-            for tensors in (self._ema, live)
-        )
-        return math.sqrt(kept / plain) if plain > 0 else None
-
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        return {**tensors, **self._by_name(self._ema)} if self._names else tensors
+        return tensors if self._run is None else {**tensors, **self._run.ema}
 
 
-def _l1(tensors: "Any") -> "Tensor":
+def _copies(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def _l1(tensors: "Iterable[Tensor]") -> "Tensor":
     """Sum of absolute values of each tensor."""
     return torch.stack(torch._foreach_norm(list(tensors), 1))
+
+
+def _distance(tensors: "Mapping[str, Tensor]", start: "Mapping[str, Tensor]") -> float:
+    """Euclidean distance over all tensors, summed in fp64."""
+    squares = (float((tensors[name].cpu().double() - old.double()).square().sum()) for name, old in start.items())
+    return math.sqrt(sum(squares))

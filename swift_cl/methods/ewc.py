@@ -77,14 +77,16 @@ class Quadratic:
         """The exact sum with sum_i F_i (theta_i - theta*_i)^2, of the same size: a sum of parabolas is a parabola."""
         total = Quadratic({}, {}, self.offset)
         for name, new in fisher.items():
-            old, anchor, weight = (t.to(new.device) for t in (self.importance[name], self.anchor[name], weights[name]))
-            both = old + new
+            # fp64 for one tensor at a time: the offset grows over the tasks, the stored tensors are fp32.
+            given = (self.importance[name], new, self.anchor[name], weights[name])
+            old, added, anchor, weight = (tensor.to(new.device, torch.float64) for tensor in given)
+            both = old + added
             # Nothing is known where both are 0; dividing by 1 keeps the anchor there.
-            share = new / torch.where(both > 0, both, 1.0)
+            share = added / torch.where(both > 0, both, 1.0)
             gap = weight - anchor
-            total.offset += float((old.double() * share.double() * gap.double().square()).sum())
-            total.importance[name] = both
-            total.anchor[name] = anchor + share * gap
+            total.offset += float((old * share * gap.square()).sum())
+            total.importance[name] = both.float()
+            total.anchor[name] = (anchor + share * gap).float()
         return total
 
     def decayed(self, gamma: float, fisher: "Mapping[str, Tensor]", weights: "Mapping[str, Tensor]") -> "Quadratic":

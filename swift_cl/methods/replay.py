@@ -202,8 +202,8 @@ class Replay(Method):
         share = round_half_up(batch * ratio / (1 + ratio))
         if not 0 < share < batch:
             raise UserError(
-                f"--replay_mix batch: with --replay_ratio {self.config.ratio} a global batch of {batch} rows would hold "
-                f"{share} replayed ones, allowed: 1 to {batch - 1}; change the ratio or the batch, or use shuffle"
+                f"--replay_mix batch: with --replay_ratio {self.config.ratio} a global batch of {batch} rows would "
+                f"hold {share} replayed ones, allowed: 1 to {batch - 1}; change the ratio or the batch, or use shuffle"
             )
         return share
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from swift_cl.io import atomic_write
 from swift_cl.report.tables import Results, direction, labels, scorers
@@ -25,7 +26,7 @@ def write_heatmap(path: Path, results: Sequence[Results], scorer: str | None = N
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     # Yellow is good in either direction.
     colours = "viridis" if direction(results, scorer) == "higher" else "viridis_r"
-    image = None
+    image: Any = None
     for axis, (label, entry), grid in zip(axes, shown, grids, strict=True):
         order = entry["order"]
         values = [[float("nan") if cell is None else cell for cell in row] for row in grid]

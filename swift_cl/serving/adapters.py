@@ -1,4 +1,4 @@
-"""What is served: a base model and adapters under names that carry their content hash; checks that need no model load."""
+"""What is served: a base model and adapters under names with their content hash; checks that load no model."""
 
 import json
 import struct
@@ -115,7 +115,7 @@ def is_all_zero(adapter: Adapter) -> bool:
     from safetensors import safe_open
 
     with safe_open(adapter.path / WEIGHTS, framework="np") as file:
-        names = [name for name in file.keys() if ".lora_B." in name]
+        names = [name for name in list(file.keys()) if ".lora_B." in name]
         return bool(names) and all(not file.get_tensor(name).any() for name in names)
 
 

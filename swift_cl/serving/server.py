@@ -43,28 +43,22 @@ def reserve_port(port: int | None = None, host: str = HOST) -> int:
 
 
 def served_names(base_url: str, timeout: float = 5.0) -> list[str]:
-    """Names that an OpenAI-compatible endpoint lists.
+    """Names that a server of ours lists.
 
     Raises:
-        httpx.HTTPError or ValueError: it does not answer, or not with a list of models.
+        OSError or ValueError: it does not answer, or not with a list of models.
     """
-    import httpx
+    import http.client
+    import json
+    import urllib.request
 
-    key = os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    # trust_env=False: a proxy that the environment names must not stand between us and our own server.
-    reply = httpx.get(f"{base_url}/models", timeout=timeout, headers=headers, trust_env=not _is_loopback(base_url))
-    reply.raise_for_status()
+    # No proxy: one that the environment names must not stand between us and our own server.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        return [str(model["id"]) for model in reply.json()["data"]]
-    except (KeyError, TypeError) as error:
+        with opener.open(f"{base_url}/models", timeout=timeout) as reply:
+            return [str(model["id"]) for model in json.load(reply)["data"]]
+    except (KeyError, TypeError, http.client.HTTPException) as error:
         raise ValueError(f"{base_url}/models gave no list of models ({error!r})") from None
-
-
-def _is_loopback(url: str) -> bool:
-    from urllib.parse import urlsplit
-
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 class Server:
@@ -138,15 +132,13 @@ class Server:
             )
 
     def _wait_until_ready(self) -> None:
-        import httpx
-
         start = time.monotonic()
         problem = "it does not answer"
         while time.monotonic() - start < self.start_seconds:
             self.check_alive("at start")
             try:
                 listed = served_names(self.base_url)
-            except (httpx.HTTPError, ValueError) as error:
+            except (OSError, ValueError) as error:
                 problem = f"it does not answer ({type(error).__name__})"
             else:
                 missing = [name for name in self.names if name not in listed]
@@ -199,7 +191,7 @@ def _group_ends(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
 @contextlib.contextmanager
 def terminate_raises() -> Iterator[None]:
     """Within the block SIGTERM (and SIGHUP, unless nohup has it ignored) raises SystemExit, so that `with` blocks end
-    properly instead of leaving their server behind. Signals can be set in the main thread only; elsewhere nothing is done.
+    properly instead of leaving their server behind. Signals belong to the main thread; in another one nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

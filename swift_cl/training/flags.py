@@ -29,6 +29,12 @@ def flag_values(argv: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
+def first(given: dict[str, list[str]], flag: str) -> str | None:
+    """The first value of a flag, None where it is not given."""
+    values = given.get(flag)
+    return values[0] if values else None
+
+
 def check_method_flags(argv: Sequence[str]) -> type[Method] | None:
     """Check every flag of ours in `argv`; returns the method, or None where the command is plain `swift sft`.
 

@@ -8,6 +8,7 @@ from swift_cl.io import read_json
 from swift_cl.stages import Stage, load_stage
 from swift_cl.stream.readers import read_rows
 from swift_cl.training.checkpoints import find_stage_dir
+from swift_cl.training.flags import first
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 
@@ -105,7 +106,7 @@ def start_of_stage(given: dict[str, list[str]], previous: Stage | None) -> tuple
     Raises:
         UserError: the adapter does not exist, is not the previous stage's, or does not fit the base model.
     """
-    model = (given.get("model") or [None])[0]
+    model = first(given, "model")
     adapters = given.get("adapters", [])
     if len(adapters) > 1:
         raise UserError(f"--adapters names {len(adapters)} adapters, a stage continues exactly one")

@@ -2,12 +2,12 @@
 
 import contextlib
 import importlib.metadata
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from swift.utils import get_logger
 from torch import Tensor, nn
 
 from swift_cl import distributed
@@ -16,11 +16,11 @@ from swift_cl.io import MethodState, load_method_state, save_method_state, sha25
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import STATE_DIR, Stage, load_stage
 
-logger = get_logger()
+logger = logging.getLogger("swift_cl")
 
 
 def parameter_name(name: str) -> str:
-    """A name without wrapper prefixes and adapter name, so that it is the same under every engine and in every stage."""
+    """A name without wrapper prefixes and adapter name, the same under every engine and in every stage."""
     for prefix in ("module.", "base_model.model."):
         name = name.removeprefix(prefix)
     return name.replace(".default.", ".")
@@ -50,9 +50,11 @@ class Session:
         self.rows: list[TrainingRow] = []
         self.trainer: Any = None
         self.model: Any = None
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.parameters: Mapping[str, nn.Parameter] = {}
         self._live_names: dict[str, str] = {}
         self._engine: distributed.Engine | None = None
+        self.micro_batch = 1
+        self.global_batch = 1
         self._num_items: Tensor | int | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
@@ -134,13 +136,15 @@ class Session:
     def token_mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         if self._num_items is None:
             return total / count
-        return total * self._processes() / self._num_items
+        scaled: Tensor = total * self._processes() / self._num_items
+        return scaled
 
     def window_mean(self, total: Tensor, window_count: Tensor) -> Tensor:
         # The count is global and DDP averages gradients over ranks, so the sum is multiplied by their number.
         if self._num_items is None:
-            return total / window_count * self.trainer.current_gradient_accumulation_steps * self.world_size
-        return total * self.world_size / window_count
+            total = total * self.trainer.current_gradient_accumulation_steps
+        global_mean: Tensor = total * self.world_size / window_count
+        return global_mean
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         return distributed.all_reduce_sum(tensor)
@@ -166,6 +170,10 @@ class Session:
         """The rows to train on (rank 0). Keeps the task's own rows for statistics at its end."""
         self.rows = rows
         return self.method.prepare_task(self, rows)
+
+    def batch_order(self, n_rows: int, epoch: int) -> Sequence[int] | None:
+        """The order of the training rows in one epoch, None for the Trainer's own."""
+        return self.method.batch_order(self, n_rows, epoch)
 
     def prepare_model(self, model: Any) -> Any:
         """Let the method extend the model, and fix the names of what is trained."""

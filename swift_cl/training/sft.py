@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.utils.checkpoint
+import transformers.modeling_utils
 from swift.arguments import SftArguments
 from swift.pipelines import SwiftSft
 from swift.trainers import TrainerFactory
@@ -21,7 +23,7 @@ from swift_cl.methods.base import Method, MethodConfig, flags_of
 from swift_cl.methods.registry import get_method, methods
 from swift_cl.stages import ADAPTER_DIR, WEIGHTS, Stage
 from swift_cl.training.checkpoints import STARTED_FILE, resumable_checkpoint
-from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, flag_values
+from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
 from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
@@ -37,6 +39,7 @@ class _CommonArguments(SftArguments):
     cl_method: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_method"]})
     cl_task: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_task"]})
     cl_previous: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_previous"]})
+    resume_from_checkpoint: str | None = None
     cl_resume: bool = dataclasses.field(default=False, metadata={"help": COMMON_FLAGS["cl_resume"]})
 
     def __post_init__(self) -> None:
@@ -80,12 +83,12 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     argv = list(argv)
     if method is not None:
         check_data(given.get("dataset", []))
-        previous = load_previous((given.get("cl_previous") or [None])[0])
-        adapter, model = start_of_stage(given, previous)
+        previous = load_previous(first(given, "cl_previous"))
+        adapter, start_model = start_of_stage(given, previous)
         if adapter is not None and "adapters" not in given:
             argv += ["--adapters", adapter]
-        if model is not None:
-            argv += ["--model", model]
+        if start_model is not None:
+            argv += ["--model", start_model]
         argv += _checkpointing_flags(method, given)
     known = arguments_class()
     unknown = [
@@ -98,7 +101,7 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     if remaining:
         raise UserError(f"not understood: {' '.join(remaining)}")
     if method is not None:
-        check_support(args, method)
+        check_support(args, method(method_config(args, method)))
     return args, previous
 
 
@@ -121,9 +124,9 @@ def zero_stage(args: Any) -> int | None:
     return int(args.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
-def check_support(args: Any, method: type[Method]) -> None:
+def check_support(args: Any, method: Method) -> None:
     """Refuse what the method does not support, before a model is loaded."""
-    support, name = method.support, method.name
+    support, name = method.supports(), method.name
     if args.tuner_type not in support.tuners:
         raise UserError(
             f"--tuner_type {args.tuner_type} does not work with method '{name}', allowed: {', '.join(support.tuners)}"
@@ -170,7 +173,21 @@ def _our_trainers() -> Any:
         TrainerFactory.TRAINER_MAPPING.update(before)
 
 
-class CLSft(SwiftSft):  # type: ignore[misc]
+@contextmanager
+def _own_checkpointing() -> Any:
+    # ms-swift fixes use_reentrant in torch for the rest of the process, at the first Trainer. The next stage of a chain
+    # may need the other value, so its patch is taken back at a stage's end.
+    try:
+        yield
+    finally:
+        original = getattr(torch.utils.checkpoint, "_old_checkpoint", None)
+        if original is not None:
+            torch.utils.checkpoint.checkpoint = original
+            transformers.modeling_utils.checkpoint = original
+            del torch.utils.checkpoint._old_checkpoint
+
+
+class CLSft(SwiftSft):
     """One stage. With `shared` the base model of the stage before is used again instead of being loaded a second time.
 
     Args:
@@ -189,6 +206,10 @@ class CLSft(SwiftSft):  # type: ignore[misc]
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
         self.session.template = self.template
+        self.session.micro_batch = args.per_device_train_batch_size
+        self.session.global_batch = (
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.launched_processes()
+        )
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)
@@ -282,7 +303,7 @@ class CLSft(SwiftSft):  # type: ignore[misc]
     # --- training and the stage's end --------------------------------------------------------------------------------
 
     def run(self) -> Any:
-        with _our_trainers():
+        with _our_trainers(), _own_checkpointing():
             return super().run()
 
     def _get_trainer_kwargs(self) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """The trainer: ms-swift's own, with the method's hooks at the places where each engine allows them."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from swift.trainers import Seq2SeqTrainer, Trainer
 from transformers import TrainerCallback
 
+from swift_cl.training.batches import OrderedBatchSampler
 from swift_cl.training.session import Session, overrides
 
 # What ms-swift puts beside the model's inputs and takes out again in its own compute_loss.
@@ -39,10 +41,49 @@ class CLTrainerMixin:
         self._cl_gradients = overrides(method, "gradients")
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:  # type: ignore[attr-defined]
+            # Resumed from the checkpoint of the last step: the Trainer's loop would take one more before it looks.
+            return [], None
         batches, num_items = super().get_batch_samples(epoch_iterator, *args, **kwargs)  # type: ignore[misc]
         if self._cl_window:
             self.cl_session.window(batches)
         return batches, num_items
+
+    def get_train_dataloader(self, skip_batches: int = 0) -> Any:
+        session: Session = self.cl_session
+        dataset = self.train_dataset  # type: ignore[attr-defined]
+        if not overrides(session.method, "batch_order") or not hasattr(dataset, "__len__"):
+            return super().get_train_dataloader(skip_batches=skip_batches)  # type: ignore[misc]
+        if session.batch_order(len(dataset), 0) is None:
+            return super().get_train_dataloader(skip_batches=skip_batches)  # type: ignore[misc]
+        return self._ordered_dataloader(dataset, skip_batches)
+
+    def _ordered_dataloader(self, dataset: Any, skip_batches: int) -> Any:
+        from accelerate.data_loader import SkipBatchSampler
+        from swift.dataloader import DataLoaderShard
+        from swift.utils import seed_worker
+
+        session, args = self.cl_session, self.args  # type: ignore[attr-defined]
+        sampler: Any = OrderedBatchSampler(
+            lambda epoch: session.batch_order(len(dataset), epoch) or (),
+            len(dataset),
+            self._train_batch_size,  # type: ignore[attr-defined]
+            session.rank,
+            session.world_size,
+        )
+        if skip_batches > 0:
+            sampler = SkipBatchSampler(sampler, skip_batches=skip_batches)
+        return DataLoaderShard(
+            dataset,
+            device=self.accelerator.device,  # type: ignore[attr-defined]
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,  # type: ignore[attr-defined]
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any

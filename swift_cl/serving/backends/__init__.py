@@ -87,7 +87,5 @@ def command(deployment: Deployment, options: ServerOptions, host: str, port: int
         argv += ["--adapters", *(f"{adapter.name}={adapter.path}" for adapter in deployment.adapters)]
     # Without --load_args false, system prompt, template and length of the first adapter apply to all of them.
     argv += ["--load_args", "false", "--host", host, "--port", str(port), "--verbose", "false", "--log_interval", "-1"]
-    if Path(deployment.model).is_dir():
-        argv += ["--check_model", "false"]  # the network is not asked whether a newer model exists
     added: Command = backend.arguments(deployment, packages, options)
     return Command([*argv, *added.argv, *options.extra], added.env)

@@ -9,8 +9,8 @@ def check(deployment: Deployment, packages: dict[str, str], options: ServerOptio
     """Refuse adapters, which ms-swift has no code for here."""
     if deployment.adapters:
         raise UserError(
-            "--infer_backend lmdeploy cannot serve adapters (ms-swift has no multi-adapter code for it): use vllm or pt, "
-            "or merge each stage (swift-cl export --merge_lora true) and serve it alone"
+            "--infer_backend lmdeploy cannot serve adapters (ms-swift has no multi-adapter code for it): use vllm or "
+            "pt, or merge each stage (swift-cl export --merge_lora true) and serve it alone"
         )
     if "lmdeploy" not in packages:
         raise UserError(

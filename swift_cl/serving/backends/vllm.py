@@ -18,7 +18,8 @@ def check(deployment: Deployment, packages: dict[str, str], options: ServerOptio
     for adapter in deployment.adapters:
         if adapter.peft_type != "LORA":
             raise UserError(
-                f"{adapter.path}: vLLM serves plain LoRA adapters, this one is {adapter.peft_type}; use --infer_backend pt"
+                f"{adapter.path}: vLLM serves plain LoRA adapters, this one is {adapter.peft_type}; "
+                "use --infer_backend pt"
             )
         for key, what in (("use_dora", "DoRA"), ("modules_to_save", "modules_to_save")):
             if adapter.config.get(key):

@@ -5,8 +5,8 @@ Run by file path in any environment that has ms-swift 4.6, so it imports nothing
 
 - It ends when the process that started it is gone, even by SIGKILL, and takes its children with it.
 - All adapters are loaded at start, so that one that does not fit stops the server at once and not at a request.
-- ms-swift passes PEFT one adapter name for a batch of n rows, which PEFT refuses for n > 1. Its batches hold one adapter
-  only, so switching the active adapter before a batch gives the same answers, at full batch size.
+- ms-swift passes PEFT one adapter name for a batch of n rows, which PEFT refuses for n > 1. Its batches hold one
+  adapter only, so switching the active adapter before a batch gives the same answers, at full batch size.
 """
 
 import os
@@ -20,7 +20,7 @@ from swift.infer_engine import AdapterRequest, TransformersEngine
 from swift.pipelines.infer.deploy import SwiftDeploy
 
 
-class AdapterEngine(TransformersEngine):  # type: ignore[misc]
+class AdapterEngine(TransformersEngine):
     """Switches the active adapter once a batch."""
 
     gather_seconds = 0.02
@@ -68,8 +68,10 @@ class AdapterEngine(TransformersEngine):  # type: ignore[misc]
             yield from super()._infer_stream(inputs, adapter_request=None, **kwargs)
 
 
-class AdapterDeploy(SwiftDeploy):  # type: ignore[misc]
+class AdapterDeploy(SwiftDeploy):
     """Deploys with `AdapterEngine` where ms-swift would use its transformers engine."""
+
+    infer_engine: Any
 
     def __init__(self, args: Any = None) -> None:
         super().__init__(args)

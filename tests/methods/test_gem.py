@@ -1,0 +1,433 @@
+"""gem and agem against numbers worked out by hand.
+
+The oracle model is linear: a memory row carries a vector, and the gradient of its cross-entropy at theta = 0 is exactly
+that vector, so g_k is the mean of the vectors of task k's rows.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from swift_cl.errors import UserError
+from swift_cl.io import MethodState, load_method_state, save_method_state
+from swift_cl.methods._projection import LARGEST_WEIGHT, gem_weights, gram
+from swift_cl.methods._row_store import RowStore, SeenTask, StoredRow
+from swift_cl.methods.gem import Gem, GemConfig, MemoryRow, memory_batch, memory_gradient
+from tests.support.fake_context import FakeContext, FakeGradients
+from tests.support.language_model import TokenContext, tiny_lora_model, token_row
+from tests.support.ranks import on_ranks
+
+
+class Linear(nn.Module):
+    """Two classes with logits (-2 v.theta, 0): at theta = 0 the cross-entropy of class 0 has the gradient v."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.theta = nn.Parameter(torch.zeros(width))
+        self.unused = nn.Parameter(torch.zeros(2))  # a trained parameter that the loss does not reach
+
+    def forward(self, vectors):
+        score = -2 * vectors @ self.theta
+        logits = torch.stack([score, torch.zeros_like(score)], dim=-1)
+        return SimpleNamespace(logits=logits.unsqueeze(1).expand(-1, 2, -1))
+
+
+class VectorContext(FakeContext):
+    forwards = 0
+
+    def encode(self, rows):
+        return [{k: row[k] for k in ("vectors", "labels") if k in row} for row in rows]
+
+    def collate(self, encoded):
+        self.forwards += 1
+        return super().collate(encoded)
+
+
+def vector_row(vector, labels=(-100, 0)):
+    messages = [{"role": "user", "content": str(vector)}, {"role": "assistant", "content": "a"}]
+    return {"messages": messages, "vectors": [float(x) for x in vector], "labels": list(labels)}
+
+
+def memory(**tasks):
+    """A stored state with the given rows (vectors) of each task."""
+    store = RowStore(settings={"strategy": "random"})
+    for task, vectors in tasks.items():
+        rows = [StoredRow.of(v if isinstance(v, dict) else vector_row(v), task) for v in vectors]
+        store.add(SeenTask(task, len(rows), 0), rows, store.shares(999, False, len(rows)))
+    return store.state()
+
+
+def begun(tasks, width=2, rank=0, world_size=1, step=0, **settings):
+    """A method that has begun a task with these memories, and its context."""
+    ctx = VectorContext(
+        Linear(width), earlier=list(tasks), state=memory(**tasks) if tasks else None, rank=rank, world_size=world_size
+    )
+    ctx.step = step
+    method = Gem(GemConfig(**settings))
+    method.config.validate()
+    method.train_begin(ctx)
+    return method, ctx
+
+
+def gradients(g):
+    return FakeGradients({"theta": torch.tensor(g, dtype=torch.float32), "unused": torch.zeros(2)})
+
+
+def step_of(g, *memories, **settings):
+    """The change of theta in one step of SGD with lr 1 from theta = 0; it is -z, so its negative is returned."""
+    tasks = {f"t{k}": [vector] for k, vector in enumerate(memories)}
+    method, ctx = begun(tasks, len(g), **settings)
+    grads = gradients(g)
+    method.gradients(ctx, grads)
+    optimizer = torch.optim.SGD(ctx.model.parameters(), lr=1.0)
+    for name, parameter in ctx.model.named_parameters():
+        parameter.grad = grads[name].clone()
+    optimizer.step()
+    return (-ctx.model.theta.detach()).tolist()
+
+
+def close(a, b, tolerance=1e-5):
+    return a == pytest.approx(b, abs=tolerance)
+
+
+def test_projection_of_one_violated_constraint():
+    """T1."""
+    g, g1 = (1.0, 0.0), (-0.5, 1.0)
+    pure = step_of(g, g1, margin=0.0)
+    assert close(pure, [0.8, 0.4])
+    assert abs(np.dot(pure, g1)) < 1e-5
+    with_margin = step_of(g, g1, margin=0.5)
+    assert close(with_margin, [0.75, 0.5])
+    assert np.dot(with_margin, g1) == pytest.approx(0.125, abs=1e-5)
+    assert not close(pure, [1.8, 0.4], 0.1)  # a second backward by the trainer would add g again
+    assert close(step_of(g, g1), with_margin)  # 0.5 is the default
+
+
+def test_opposite_gradients_cancel():
+    """T2."""
+    z = step_of((1.0, 0.0), (-1.0, 0.0), margin=0.0)
+    assert close(z, [0, 0])
+    assert not close(z, [0.5, 0], 0.1)  # the penalty form with its cap of .5
+
+
+def test_two_constraints_are_met_together():
+    """T3."""
+    g, g1, g2 = (1.0, 0.5, 1.0), (-1.0, 0.0, 0.0), (0.6, -1.0, 0.0)
+    z = step_of(g, g1, g2, margin=0.0)
+    assert close(z, [0, 0, 1])
+    assert not close(z, [0.2206, 0.1324, 1], 0.05)  # one at a time: violates g1
+    vectors = [torch.tensor(v, dtype=torch.float64) for v in (g1, g2, g)]
+    products = gram(vectors).numpy()
+    assert gem_weights(products[:2, :2], products[:2, 2], 0.0, 1e-9).weights.tolist() == pytest.approx([1.3, 0.5])
+    # v is what has to be added to g: the reconstruction from it is z.
+    assert close(np.array(g) + 1.3 * np.array(g1) + 0.5 * np.array(g2), [0, 0, 1])
+
+
+def test_agem_has_one_constraint_on_all_memories():
+    """T3, agem: the pooled memory's gradient is the mean of g1 and g2."""
+    g, g1, g2 = (1.0, 0.5, 1.0), (-1.0, 0.0, 0.0), (0.6, -1.0, 0.0)
+    z = step_of(g, g1, g2, mode="agem")
+    assert close(z, [0.689655, -0.275862, 1.0])
+    assert abs(np.dot(z, [-0.2, -0.5, 0.0])) < 1e-6
+
+
+def test_the_margin_also_adds_tasks_that_are_not_violated():
+    """T4."""
+    g, g1, g2 = (1.0, 0.5, 1.0), (-1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
+    assert close(step_of(g, g1, g2, margin=0.0), [0, 0.5, 1])
+    assert close(step_of(g, g1, g2, margin=0.5), [0, 1, 1])
+
+
+def test_equal_memory_gradients_are_no_problem():
+    """T5: P is singular."""
+    assert close(step_of((1.0, 0.0), (-0.5, 1.0), (-0.5, 1.0), margin=0.0), [0.8, 0.4])
+
+
+def test_the_ridge_is_relative():
+    """T6: everything times 1e-3."""
+    z = [x / 1e-3 for x in step_of((1e-3, 0.0), (-0.5e-3, 1e-3), margin=0.0)]
+    assert close(z, [0.8, 0.4])
+    assert not close(z, [0.99975, 0.0005], 0.01)  # an absolute ridge of 1e-3
+
+
+@pytest.mark.parametrize("mode", ["gem", "agem"])
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_without_a_violation_the_gradient_stays_bit_identical(mode, margin):
+    """T7; the product may also be exactly zero."""
+    for g1 in ((0.5, 1.0), (0.0, 1.0), (0.0, 0.0)):
+        method, ctx = begun({"old": [g1]}, mode=mode, margin=margin)
+        grads = gradients((1.0, 0.0))
+        before = {name: grads[name].clone() for name in grads.names}
+        method.gradients(ctx, grads)
+        assert grads.written == set()
+        assert all(torch.equal(grads[name], before[name]) for name in grads.names)
+
+
+def test_the_first_task_is_untouched():
+    method, ctx = begun({})
+    grads = gradients((1.0, 0.0))
+    method.gradients(ctx, grads)
+    assert grads.written == set()
+    assert ctx.forwards == 0
+    assert ctx.logged == {}
+
+
+MANY = {
+    "a": [(np.sin(i + 1), np.cos(3 * i), -0.3 * i, 0.7) for i in range(11)],
+    "b": [(-1.0, np.sin(i), 0.2, np.cos(i)) for i in range(3)],
+}
+CURRENT = torch.tensor([[1.0, -0.4, 0.6, -1.1], [0.2, -0.7, 1.3, -0.2], [1.1, 0.1, 0.4, -0.3]])
+
+
+def z_of(world_size, g, steps=(5,), micro_batch=2, forwards=None, **settings):
+    def work(ctx_of_rank):
+        method, ctx = begun(MANY, 4, ctx_of_rank.rank, world_size, **settings)
+        ctx.all_reduce_sum, ctx.micro_batch = ctx_of_rank.all_reduce_sum, micro_batch
+        found = []
+        for ctx.step in steps:
+            grads = gradients(g.tolist())
+            method.gradients(ctx, grads)
+            found.append(grads["theta"])
+        if forwards is not None:
+            forwards.append(ctx.forwards)
+        return torch.stack(found)
+
+    return on_ranks(world_size, lambda rank, size: VectorContext(rank=rank, world_size=size), work)
+
+
+@pytest.mark.parametrize("mode", ["gem", "agem"])
+@pytest.mark.parametrize("mem_batch", [0, 3, 7])
+def test_ranks_share_the_work_and_agree(mode, mem_batch):
+    """T8, ranks: 1, 2 and 3 give the same z, also where the rows do not divide evenly or a rank has none."""
+    g = CURRENT.mean(0)
+    settings = {"mode": mode, "mem_batch": mem_batch, "margin": 0.0}
+    (alone,) = z_of(1, g, **settings)
+    assert not torch.allclose(alone[0], g)
+    for world_size in (2, 3):
+        for z in z_of(world_size, g, micro_batch=1, **settings):
+            torch.testing.assert_close(z, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_gives_the_same_step():
+    """T8, accumulation: the hook sees one accumulated gradient; the model's own is the same either way."""
+
+    def accumulated(splits):
+        model = Linear(4)
+        for part in CURRENT.repeat(8, 1)[:8].chunk(splits):
+            logits = model(part).logits[:, :1].flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, torch.zeros(len(part), dtype=torch.long), reduction="sum") / 8
+            loss.backward()
+        return model.theta.grad
+
+    zs = [z_of(1, accumulated(splits), margin=0.0)[0] for splits in (1, 8)]
+    torch.testing.assert_close(*zs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_without_rows_runs_as_many_forwards_as_the_others():
+    """Task b has 3 rows: of 4 ranks one has none, but under ZeRO-3 a forward needs them all."""
+    forwards = []
+    (alone,) = z_of(1, CURRENT.mean(0), mem_batch=0, margin=0.0)
+    for z in z_of(4, CURRENT.mean(0), mem_batch=0, margin=0.0, micro_batch=1, forwards=forwards):
+        torch.testing.assert_close(z, alone, rtol=1e-5, atol=1e-6)
+    assert forwards == [3 + 1] * 4
+
+
+def test_memory_batches_follow_seed_step_and_task():
+    rows = [MemoryRow({"number": i}, 1) for i in range(30)]
+
+    def numbers(size, world, seed, step, task):
+        return [row.encoded["number"] for row in memory_batch(rows, size, world, seed, step, task)]
+
+    first = numbers(8, 1, 0, 5, "a")
+    assert first == numbers(8, 2, 0, 5, "a")
+    assert len(set(first)) == 8
+    assert len({tuple(numbers(8, 1, *key)) for key in ((0, 5, "a"), (1, 5, "a"), (0, 6, "a"), (0, 5, "b"))}) == 4
+    assert numbers(0, 1, 0, 5, "a") == list(range(30))
+    assert len(numbers(2, 4, 0, 5, "a")) == 4  # raised to the number of ranks
+    assert len(numbers(99, 1, 0, 5, "a")) == 30
+
+
+def test_refreshed_gradients_are_kept_between_and_survive_a_checkpoint(tmp_path):
+    """Stopped after step 4 and resumed equals uninterrupted, bit for bit; between refreshes nothing is recomputed."""
+    settings = {"refresh_steps": 3, "mem_batch": 2, "margin": 0.0}
+
+    def drift(ctx, step):  # stands for the optimizer: g_k depends on the weights at the refresh
+        ctx.model.theta.data.fill_(0.1 * step)
+
+    def run(method, ctx, steps):
+        found = []
+        for step in steps:
+            ctx.step = step
+            drift(ctx, step)
+            grads = gradients(CURRENT[step % 3].tolist())
+            method.gradients(ctx, grads)
+            found.append(grads["theta"])
+        return found
+
+    method, ctx = begun(MANY, 4, **settings)
+    whole = run(method, ctx, range(8))
+    assert ctx.forwards == 3 * 2  # steps 0, 3, 6; two tasks
+
+    method, ctx = begun(MANY, 4, **settings)
+    run(method, ctx, range(5))
+    save_method_state(tmp_path, "gem", method.checkpoint_state(ctx))
+    method, ctx = begun(MANY, 4, step=5, **settings)
+    assert method.checkpoint_state(ctx) is not None  # so that a resumed run demands the file
+    method.restore_checkpoint(ctx, load_method_state(tmp_path, "gem"))
+    resumed = run(method, ctx, range(5, 8))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole[5:], strict=True))
+    assert ctx.forwards == 2
+
+    method, ctx = begun(MANY, 4, step=5, mode="agem", **settings)
+    with pytest.raises(UserError, match="was --gem_mode changed"):
+        method.restore_checkpoint(ctx, load_method_state(tmp_path, "gem"))
+
+
+def test_without_refresh_steps_nothing_is_checkpointed():
+    method, ctx = begun({"old": [(1.0, 0.0)]})
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    assert method.checkpoint_state(ctx) is None
+
+
+def test_what_is_logged():
+    method, ctx = begun({"a": [(-0.5, 1.0)], "b": [(1.0, 0.0)]}, margin=0.0)
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    assert ctx.logged["gem_violated"] == 1
+    assert ctx.logged["gem_min_cos"] == pytest.approx(-0.5 / 1.25**0.5)
+    ctx.model.theta.data -= torch.tensor([0.0, 2.0])  # the update that the optimizer really made
+    method.after_step(ctx)
+    assert ctx.logged["gem_update_min_cos"] == pytest.approx(0.0, abs=1e-6)  # with b; with a it is positive
+    ctx.logged.clear()
+    ctx.is_logging_step = False
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    method.after_step(ctx)
+    assert "gem_update_min_cos" not in ctx.logged
+
+
+def test_gradients_that_are_not_finite_are_left_alone():
+    method, ctx = begun({"old": [(-1.0, 0.0)]})
+    grads = gradients((float("inf"), 0.0))
+    method.gradients(ctx, grads)
+    assert grads.written == set()
+    assert "not finite" in ctx.notices[-1]
+
+
+def test_huge_weights_fall_back_to_a_larger_ridge():
+    products, against = np.array([[1.0, 1 - 1e-13], [1 - 1e-13, 1.0]]), np.array([-1e7, 1e7])
+    assert gem_weights(np.eye(2), np.array([-1.0, 1.0]), 0.0, 1e-6).fell_back is False
+    solution = gem_weights(products, against, 0.0, 1e-12)
+    assert solution.fell_back
+    expected = gem_weights(products, against, 0.0, 1e-3)
+    assert solution.weights.tolist() == expected.weights.tolist()
+    assert LARGEST_WEIGHT == 1e6
+
+
+def test_memory_rows_without_label_tokens_are_dropped_with_a_count():
+    rows = [(-0.5, 1.0), vector_row((9.0, 9.0), (-100, -100)), vector_row((9.0, 9.0), (0, -100))]
+    method, ctx = begun({"old": rows}, margin=0.0)
+    assert ctx.notices == ["2 of 3 memory rows of task 'old' have no label token"]
+    grads = gradients((1.0, 0.0))
+    method.gradients(ctx, grads)
+    assert close(grads["theta"].tolist(), [0.8, 0.4])
+
+
+def test_a_task_without_usable_memory_is_an_error():
+    with pytest.raises(UserError, match=r"gem\.json: no memory row of task 'b'"):
+        begun({"a": [(1.0, 0.0)], "b": [vector_row((1.0, 0.0), (-100, -100))]})
+
+
+def test_a_missing_memory_is_found_before_the_model_is_loaded():
+    method = Gem(GemConfig())
+    rows = [vector_row((1.0, 0.0))]
+    assert method.prepare_task(VectorContext(), rows) is rows
+    with pytest.raises(UserError, match="no row store"):
+        method.prepare_task(VectorContext(earlier=["old"], state=MethodState()), rows)
+    assert method.prepare_task(VectorContext(earlier=["old"], state=memory(old=[(1.0, 0.0)])), rows) is rows
+
+
+def test_agem_says_which_settings_it_does_not_use():
+    _, ctx = begun({"old": [(1.0, 0.0)]}, mode="agem", margin=0.25, eps=1e-3)
+    assert len(ctx.notices) == 2
+    assert "--gem_margin 0.25 has no effect" in ctx.notices[0]
+    assert "--gem_eps 0.001 has no effect" in ctx.notices[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory_size": 0}, "--gem_memory_size is 0, allowed: 1 or more"),
+        ({"mem_batch": -1}, "--gem_mem_batch is -1, allowed: 0 or more"),
+        ({"margin": -0.1}, "--gem_margin is -0.1, allowed: 0 or more"),
+        ({"margin": float("nan")}, "--gem_margin is nan"),
+        ({"eps": 0.0}, "--gem_eps is 0.0, allowed: more than 0"),
+        ({"refresh_steps": 0}, "--gem_refresh_steps is 0, allowed: 1 or more"),
+        ({"seed": -1}, "--gem_seed is -1, allowed: 0 or more"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        GemConfig(**settings).validate()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_memory_grows_by_a_random_sample_of_each_task(world_size):
+    rows = [token_row([i], [2] if i % 5 else []) for i in range(40)]
+
+    def work(ctx):
+        ctx.rows = rows
+        return Gem(GemConfig(memory_size=6)).end_task(ctx)
+
+    def make(rank, size):
+        return TokenContext(task="a", rank=rank, world_size=size)
+
+    first = on_ranks(world_size, make, work)[0]
+    lines = first.rows["store"]
+    assert len(lines) == 6
+    assert all(line["row"]["messages"][-1]["content"] for line in lines)  # rows without an answer are not eligible
+    assert [line["row"] for line in lines] != rows[:6]
+    assert first.rows == work(TokenContext(task="a")).rows
+
+    def second(rank, size):
+        return TokenContext(task="b", earlier=["a"], state=first, rank=rank, world_size=size)
+
+    both = on_ranks(world_size, second, work)[0]
+    assert [line["task"] for line in both.rows["store"]] == ["a"] * 6 + ["b"] * 6
+    assert both.rows["store"][:6] == lines
+    assert both.meta["store"]["settings"]["budget"] == "per_task"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_memory_gradient_of_a_real_model_is_the_token_mean(checkpointing, world_size):
+    """Equal to backward of transformers' own loss over all rows at once; p.grad stays as it was."""
+    data = [token_row([3, 4, 5], [6, 7]), token_row([8], [9, 10, 11, 12]), token_row([1, 2], [3])]
+    model = tiny_lora_model(checkpointing)
+    whole = TokenContext(model)
+    names = list(whole.parameters)
+    model(**whole.collate(whole.encode(data))).loss.backward()
+    expected = torch.cat([whole.parameters[name].grad.reshape(-1) for name in names])
+    model.zero_grad(set_to_none=True)
+
+    def work(ctx):
+        ctx.micro_batch = 1
+        parameters = list(ctx.parameters.values())
+        batch = [MemoryRow.of(encoded) for encoded in ctx.encode(data)]
+        sizes = [p.numel() for p in parameters]
+        return memory_gradient(ctx, batch, parameters, sizes, torch.zeros(sum(sizes)))
+
+    for found in on_ranks(world_size, lambda rank, size: TokenContext(model, rank=rank, world_size=size), work):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_support():
+    support = Gem(GemConfig()).supports()
+    assert support.full_deepspeed == (0,)
+    assert support.deepspeed == (0, 1, 2, 3)
+    assert not support.sequence_parallel
+    assert not support.liger
+    assert Gem.needs_nonreentrant_checkpointing
+    assert Gem.needs_rows

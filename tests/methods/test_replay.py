@@ -1,0 +1,400 @@
+"""replay: what is mixed in, what is stored, and that no choice depends on the number of ranks."""
+
+import copy
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from swift_cl.errors import UserError
+from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_json
+from swift_cl.methods._embeddings import prompt_embeddings
+from swift_cl.methods._row_store import row_id
+from swift_cl.methods._selection import herding_order, kmeans_order, normalised
+from swift_cl.methods.replay import Replay, ReplayConfig, order_for_batches, rows_for_batches
+from swift_cl.stream.readers.messages import read
+from tests.support.fake_context import FakeContext
+from tests.support.language_model import TokenContext, tiny_lora_model, token_row
+from tests.support.ranks import on_ranks
+
+NEWS = Path(__file__).resolve().parents[2] / "datasets" / "continual_news_mini"
+WORLD_SIZES = (1, 2, 8)
+
+
+def task_rows(task, count, **columns):
+    """Rows of different prompts; the system prompt names the task."""
+    rows = []
+    for i in range(count):
+        row = token_row([1 + i % 40, 1 + i // 40, 2], [1 + i % 3])
+        row["messages"][0]["content"] = f"you are {task}"
+        rows.append({**row, **{name: values[i % len(values)] for name, values in columns.items()}})
+    return rows
+
+
+def replay(**settings):
+    method = Replay(ReplayConfig(**settings))
+    method.config.validate()
+    return method
+
+
+def stored(sizes, context=TokenContext, prepare=None, **settings):
+    """The state after tasks t0, t1, ... of these sizes."""
+    state = None
+    for number, size in enumerate(sizes):
+        ctx = context(task=f"t{number}", earlier=[f"t{k}" for k in range(number)], state=state)
+        ctx.rows = task_rows(f"t{number}", size) if prepare is None else prepare(number, size)
+        state = replay(**settings).end_task(ctx)
+    return state
+
+
+def mixed(state, current, tasks=1, context=TokenContext, global_batch=8, world_size=1, **settings):
+    """(rows to train on, the record of what was drawn) of the task after the stored ones."""
+    ctx = context(task="now", earlier=[f"t{k}" for k in range(tasks)], state=state, world_size=world_size)
+    ctx.global_batch = global_batch
+    ctx.rows = current
+    return replay(**settings).prepare_task(ctx, current), ctx.records.get("draw")
+
+
+def tasks_of(rows):
+    return Counter(row["messages"][0]["content"].removeprefix("you are ") for row in rows)
+
+
+def test_the_first_task_is_unchanged():
+    rows = task_rows("now", 20)
+    before = json.dumps(rows)
+    result, record = mixed(None, rows, tasks=0)
+    assert result is rows
+    assert json.dumps(rows) == before
+    assert record is None
+
+
+def test_half_a_row_is_rounded_up():
+    """T6: 205 rows at ratio .1."""
+    state = stored([100])
+    rows, record = mixed(state, task_rows("now", 205))
+    assert tasks_of(rows) == {"now": 205, "t0": 21}
+    assert record["replayed_rows"] == 21
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 2.5])
+def test_no_row_twice_before_all_were_drawn(ratio):
+    state = stored([40], buffer_size=16)
+    rows, _ = mixed(state, task_rows("now", 20), ratio=ratio)
+    counts = Counter(row_id(row) for row in rows if row["messages"][0]["content"] == "you are t0")
+    wanted = int(20 * ratio)
+    assert sum(counts.values()) == wanted
+    assert set(counts.values()) <= {wanted // 16, wanted // 16 + 1} - {0}
+    assert len(counts) == min(16, wanted)
+
+
+def test_tasks_share_the_draw_in_proportion_to_the_store():
+    state = stored([100, 100, 100], buffer_size=30)
+    rows, record = mixed(state, task_rows("now", 100), tasks=3, ratio=0.1)
+    assert record["by_task"] == {"t0": 4, "t1": 3, "t2": 3}
+    assert tasks_of(rows) == {"now": 100, "t0": 4, "t1": 3, "t2": 3}
+
+
+def test_rows_are_shuffled_in_and_kept_whole():
+    state = stored([30])
+    current = task_rows("now", 50)
+    rows, _ = mixed(state, current, ratio=0.4)
+    old = [place for place, row in enumerate(rows) if row["messages"][0]["content"] == "you are t0"]
+    assert len(old) == 20
+    assert old[0] < 10
+    assert old[-1] > 60
+    assert Counter(row_id(r) for r in rows if r in current) == Counter(map(row_id, current))
+    assert mixed(state, current, ratio=0.4, seed=1)[0] != rows
+
+
+def test_concat_takes_every_stored_row_once_in_order():
+    state = stored([30], buffer_size=12)
+    current = task_rows("now", 5)
+    rows, record = mixed(state, current, mix="concat")
+    assert rows[:5] == current
+    assert rows[5:] == [line["row"] for line in state.rows["store"]]
+    assert record["replayed_rows"] == 12
+    assert record["ratio"] is None
+
+
+def test_too_few_rows_to_replay_one_is_said():
+    ctx = TokenContext(task="now", earlier=["t0"], state=stored([30]))
+    assert len(replay().prepare_task(ctx, task_rows("now", 4))) == 4
+    assert "no row is replayed" in ctx.notices[0]
+
+
+def test_the_record_says_what_was_drawn():
+    state = stored([30])
+    current = task_rows("now", 20)
+    rows, record = mixed(state, current, ratio=0.5, seed=0)
+    assert record["data_sha256"] == sha256_json(rows)
+    assert {key: record[key] for key in ("task", "mix", "ratio", "seed", "current_rows", "replayed_rows")} == {
+        "task": "now",
+        "mix": "shuffle",
+        "ratio": 0.5,
+        "seed": 0,
+        "current_rows": 20,
+        "replayed_rows": 10,
+    }
+    assert record["stored_by"]["strategy"] == "random"
+    for line in record["replayed"]:
+        assert row_id(rows[line["place"]]) == line["id"]
+        assert rows[line["place"]]["messages"][0]["content"] == f"you are {line['task']}"
+
+
+STRATEGIES = [
+    {"strategy": "random"},
+    {"strategy": "reservoir"},
+    {"strategy": "class_balanced"},
+    {"strategy": "class_balanced", "class_key": "kind"},
+    {"strategy": "kmeans", "clusters": 4},
+    {"strategy": "kmeans", "embed": "tfidf"},
+    {"strategy": "herding"},
+    {"strategy": "herding", "embed": "tfidf", "class_key": "kind"},
+]
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=lambda s: "-".join(map(str, s.values())))
+def test_the_choice_is_the_same_for_any_number_of_ranks(settings):
+    """T7: same store and same draw for world size 1, 2, 8, and when run again."""
+    settings = {**settings, "buffer_size": 10}
+    model = tiny_lora_model()
+
+    def both_tasks(world_size):
+        def work(ctx):
+            ctx.rows = task_rows(ctx.task, 23 if ctx.task == "t0" else 14, kind=["x", "y", "z"])
+            return replay(**settings).end_task(ctx)
+
+        def make(task, earlier, state):
+            # Each rank has its own copy of the model, as processes do.
+            return lambda r, n: TokenContext(
+                copy.deepcopy(model), task=task, earlier=earlier, state=state, rank=r, world_size=n
+            )
+
+        first = on_ranks(world_size, make("t0", [], None), work)[0]
+        second = on_ranks(world_size, make("t1", ["t0"], first), work)[0]
+        drawn = mixed(
+            second, task_rows("now", 30, kind=["x", "y"]), 2, world_size=world_size, **{**settings, "ratio": 0.2}
+        )
+        return first, second, drawn
+
+    expected = both_tasks(1)
+    sizes = [len(expected[1].rows["store"]), len(expected[0].rows["store"])]
+    assert sizes == [10, 10]
+    for world_size in (*WORLD_SIZES, 1):
+        found = both_tasks(world_size)
+        assert [state.rows for state in found[:2]] == [state.rows for state in expected[:2]]
+        assert [state.meta for state in found[:2]] == [state.meta for state in expected[:2]]
+        assert found[2] == expected[2]
+
+
+def test_replayed_rows_are_earlier_training_rows_and_no_test_rows(tmp_path):
+    """T7 on the bundled data: own system prompt, from an earlier stage's training file, in no test file."""
+    years = ("2022", "2023", "2024")
+    train = {y: [r.as_training_row(f"news of {y}") for r in read(NEWS / f"{y}-train.json")] for y in years}
+    tests = {
+        row_id(r.as_training_row(f"news of {own}"))
+        for y in years
+        for own in years
+        for r in read(NEWS / "test_data" / f"{y}-test.json")
+    }
+    state = None
+    for number, year in enumerate(years):
+        ctx = FakeContext(task=year, earlier=years[:number], state=state)
+        ctx.rows = train[year]
+        rows = replay(ratio=1.5, buffer_size=40).prepare_task(ctx, train[year])
+        if number:
+            record = ctx.records["draw"]
+            assert record["replayed_rows"] == len(rows) - len(train[year]) > 0
+            assert set(record["by_task"]) == set(years[:number])
+            for line in record["replayed"]:
+                row = rows[line["place"]]
+                assert row["messages"][0] == {"role": "system", "content": f"news of {line['task']}"}
+                assert line["id"] in {row_id(r) for r in train[line["task"]]}
+                assert line["id"] not in tests
+        save_method_state(tmp_path / year, "replay", replay(buffer_size=40).end_task(ctx))
+        state = load_method_state(tmp_path / year, "replay")
+
+
+def test_images_and_other_columns_stay_with_the_row():
+    state = stored([12], FakeContext, lambda _, n: task_rows("t0", n, images=[["a.png"], ["b.png"]], label=[1, 2]))
+    rows, _ = mixed(state, task_rows("now", 12), context=FakeContext, mix="concat")
+    assert {tuple(row["images"]) for row in rows[12:]} == {("a.png",), ("b.png",)}
+    assert all("label" in row for row in rows[12:])
+
+
+def test_rows_that_the_template_drops_are_not_stored():
+    class Short(TokenContext):
+        max_length = 3
+
+    state = stored([10], Short, lambda _, n: [token_row([1] * (1 + i % 3), [i]) for i in range(n)])
+    assert len(state.rows["store"]) == 7
+    assert state.meta["store"]["seen"][0] == {"task": "t0", "num_seen": 10, "dropped": 3, "stored": 7}
+    with pytest.raises(UserError, match="task 't0': no row fits the training template"):
+        stored([10], Short, lambda _, n: [token_row([1] * 9, [i]) for i in range(n)])
+
+
+def test_reservoir_spans_tasks_whatever_their_sizes():
+    state = stored([300, 30], strategy="reservoir", buffer_size=100)
+    assert state.meta["store"]["stream_length"] == 330
+    assert len(state.rows["store"]) == 100
+    kept = Counter(line["task"] for line in state.rows["store"])
+    assert 2 <= kept["t1"] <= 20  # 9 are expected; equal quotas would keep 30
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"buffer_size": 11}, {"strategy": "random"}])
+def test_a_reservoir_cannot_be_changed_midway(change):
+    first = {"strategy": "reservoir", "buffer_size": 10, "seed": 0}
+    state = stored([30], **first)
+    name = next(iter(change))
+    with pytest.raises(UserError, match=rf"--replay_{name} is .* allowed: '?{first[name]}'? as in the stage before"):
+        mixed(state, task_rows("now", 9), **{**first, **change})
+    mixed(stored([30]), task_rows("now", 9), strategy="herding", buffer_size=5)  # other strategies keep an order
+
+
+@pytest.mark.parametrize("strategy", ["kmeans", "herding"])
+def test_selection_by_the_models_view_of_the_prompt(strategy):
+    model = tiny_lora_model()
+    rows = task_rows("t0", 17)
+    ctx = TokenContext(model, task="t0")
+    ctx.rows = rows
+    state = replay(strategy=strategy, buffer_size=6).end_task(ctx)
+    points = []
+    for encoded in ctx.encode(rows):
+        prompt = [t for t, label in zip(encoded["input_ids"], encoded["labels"], strict=True) if label == -100]
+        with torch.no_grad():
+            output = model(
+                input_ids=torch.tensor([encoded["input_ids"]]), output_hidden_states=True
+            )  # causal: the answer cannot change what precedes it
+        points.append(output.hidden_states[-1][0, : len(prompt)].mean(0).numpy())
+    points = normalised(np.stack(points))
+    if strategy == "herding":
+        expected = herding_order(points, 6)
+    else:
+        from swift_cl.methods._draws import seed32
+
+        expected = kmeans_order(points, 20, 6, seed32(0, "t0"))
+    assert [line["row"] for line in state.rows["store"]] == [rows[i] for i in expected]
+
+
+def test_embeddings_see_the_prompt_and_neither_answer_nor_padding():
+    model = tiny_lora_model()
+    ctx = TokenContext(model)
+    one = prompt_embeddings(ctx, [token_row([3, 4, 5], [6])])
+    others = [token_row([3, 4, 5], [9, 9, 9]), token_row([7], [8] * 9), token_row([1, 2], [3])]
+    torch.testing.assert_close(prompt_embeddings(ctx, others)[0], one[0], rtol=1e-5, atol=1e-6)
+    assert prompt_embeddings(ctx, []).shape[0] == 0
+
+    class PaddingFree(TokenContext):
+        def collate(self, encoded):
+            batch = super().collate(encoded)
+            return {k: v.reshape(1, -1) for k, v in batch.items() if k != "attention_mask"}
+
+    torch.testing.assert_close(
+        prompt_embeddings(PaddingFree(model), others), prompt_embeddings(ctx, others), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_fewer_rows_than_classes_or_tasks_is_said():
+    ctx = TokenContext(task="t0")
+    ctx.rows = task_rows("t0", 30)
+    state = replay(strategy="class_balanced", buffer_size=2).end_task(ctx)
+    assert [line["class"] for line in state.rows["store"]] == ["1", "2"]
+    assert ctx.notices == ["1 classes of task 't0' have no stored row, e.g. ['3']"]
+    assert state.meta["store"]["seen"][0]["classes"] == {"1": 1, "2": 1}
+    ctx = TokenContext(task="t2", earlier=["t0", "t1"], state=stored([5, 5], buffer_size=2))
+    ctx.rows = task_rows("t2", 5)
+    replay(buffer_size=2).end_task(ctx)
+    assert ctx.notices == ["--replay_buffer_size 2 leaves no row of tasks t2"]
+
+
+def test_classes_are_checked_before_training():
+    many = [token_row([1], [i]) for i in range(65)]
+    with pytest.raises(UserError, match="65 different answers"):
+        mixed(None, many, tasks=0, strategy="class_balanced")
+    with pytest.raises(UserError, match="--replay_class_key is 'kind'"):
+        mixed(None, many, tasks=0, strategy="herding", class_key="kind")
+    mixed(None, many, tasks=0, strategy="herding")
+
+
+def test_a_missing_store_is_an_error():
+    with pytest.raises(UserError, match="no row store"):
+        mixed(MethodState(), task_rows("now", 9))
+    with pytest.raises(UserError, match=r"rows of tasks \['t0'\], but .* \['t0', 't1'\]"):
+        mixed(stored([9]), task_rows("now", 9), tasks=2)
+    empty = stored([9])
+    empty.rows["store"] = []
+    with pytest.raises(UserError, match="the row store is empty"):
+        mixed(empty, task_rows("now", 9))
+
+
+@pytest.mark.parametrize(("current", "batch", "ratio", "share"), [(70, 8, 0.1, 1), (100, 10, 1.0, 5), (33, 16, 0.5, 5)])
+def test_every_global_batch_holds_its_share(current, batch, ratio, share):
+    state = stored([50])
+    own = task_rows("now", current)
+    rows, record = mixed(state, own, mix="batch", ratio=ratio, global_batch=batch)
+    assert rows[:current] == own
+    assert record["replayed_rows"] == len(rows) - current == rows_for_batches(current, batch, share)
+    assert abs(record["replayed_rows"] - current * share / (batch - share)) <= 0.5
+    ctx = TokenContext(task="now", earlier=["t0"], state=state)
+    ctx.rows, ctx.global_batch = own, batch
+    orders = [replay(mix="batch", ratio=ratio).batch_order(ctx, len(rows), epoch) for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    assert replay(mix="batch", ratio=ratio).batch_order(ctx, len(rows), 0) == orders[0]
+    for order in orders:
+        assert sorted(order) == list(range(len(rows)))
+        for start in range(0, len(rows) - batch + 1, batch):
+            assert sum(i >= current for i in order[start : start + batch]) == share
+
+
+def test_replayed_rows_lie_anywhere_in_their_batch():
+    order = order_for_batches(70, 10, 8, 1, 0)
+    assert len({next(i for i, row in enumerate(order[s : s + 8]) if row >= 70) for s in range(0, 80, 8)}) > 3
+
+
+def test_only_mix_batch_orders_the_rows():
+    ctx = TokenContext(task="now", earlier=["t0"], state=stored([9]))
+    assert replay().batch_order(ctx, 10, 0) is None
+    assert replay(mix="batch").batch_order(TokenContext(), 10, 0) is None
+
+
+def test_mix_batch_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match="a global batch of 4 rows would hold 0 replayed ones, allowed: 1 to 3"):
+        mixed(None, task_rows("now", 9), tasks=0, mix="batch", global_batch=4)
+    with pytest.raises(UserError, match="would hold 8 replayed ones, allowed: 1 to 7"):
+        mixed(None, task_rows("now", 9), tasks=0, mix="batch", ratio=20.0)
+    ctx = TokenContext(task="now", earlier=["t0"])
+    ctx.rows = task_rows("now", 70)
+    with pytest.raises(UserError, match="laid out 80 rows, but the training data holds 79"):
+        replay(mix="batch").batch_order(ctx, 79, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"buffer_size": 0}, "--replay_buffer_size is 0, allowed: 1 or more"),
+        ({"ratio": 0.0}, "--replay_ratio is 0.0, allowed: more than 0"),
+        ({"ratio": float("inf")}, "--replay_ratio is inf"),
+        ({"clusters": 0}, "--replay_clusters is 0, allowed: 1 or more"),
+        ({"seed": -1}, "--replay_seed is -1, allowed: 0 or more"),
+        ({"strategy": "reservoir", "budget": "per_task"}, "--replay_budget is 'per_task', allowed: total with"),
+        ({"class_key": "kind"}, "--replay_class_key is 'kind', allowed: '', because only --replay_strategy class_bal"),
+        ({"clusters": 5}, "--replay_clusters is 5, allowed: 20, because only --replay_strategy kmeans uses it"),
+        ({"embed": "tfidf"}, "--replay_embed is 'tfidf', allowed: 'model', because only"),
+        ({"mix": "concat", "ratio": 0.5}, "--replay_ratio is 0.5, allowed: 0.1, because only --replay_mix shuffle and"),
+    ],
+)
+def test_values_out_of_range_or_without_effect_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        replay(**settings)
+
+
+def test_support_is_narrowed_by_settings():
+    assert replay().supports() == Replay.support
+    assert not replay(mix="batch").supports().packing
+    assert not replay(strategy="kmeans").supports().sequence_parallel
+    assert replay(strategy="kmeans", embed="tfidf").supports().sequence_parallel
+    assert Replay.needs_rows
+    assert not Replay.needs_nonreentrant_checkpointing

@@ -1,0 +1,10 @@
+#!/bin/sh
+# InternLM2.5-7B-chat, Gradient Episodic Memory: the yearly tasks chained. Settings: see common.sh.
+set -eu
+METHOD=gem
+MODEL="${MODEL:-Shanghai_AI_Laboratory/internlm2_5-7b-chat}"
+MODEL_TYPE="${MODEL_TYPE:-internlm2}"
+TEMPLATE="${TEMPLATE:-internlm2}"
+RECIPE_DEEPSPEED=zero0
+. "$(dirname "$0")/common.sh"
+train_chain "$@"
