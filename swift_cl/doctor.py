@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -52,7 +53,7 @@ def describe() -> str:
     for package in REQUIRED:
         found = version(package)
         note = ""
-        if found and package in MINIMUM and tuple(map(int, found.split(".")[:2])) < MINIMUM[package]:
+        if found and package in MINIMUM and tuple(map(int, re.findall(r"\d+", found)[:2])) < MINIMUM[package]:
             note = (
                 f"  TOO OLD: at least {'.'.join(map(str, MINIMUM[package]))} is needed (its server mixed adapters up)"
             )

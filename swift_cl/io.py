@@ -57,11 +57,21 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or malformed one is a `UserError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file; one that is missing, unreadable or not UTF-8 is a `UserError` that names it."""
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: file not found") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -72,23 +82,26 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read one JSON object a line; an error names the file and the line."""
     rows = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: file not found") from None
-    for number, line in enumerate(text.splitlines(), start=1):
+    # Not splitlines(): it also cuts at U+2028 and others, which JSON strings may hold.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            rows.append(row)
     return rows
 
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256_json(value: Any) -> str:
@@ -153,6 +166,8 @@ def load_method_state(folder: Path, method: str) -> MethodState:
     if not index.is_file():
         raise UserError(f"{index}: the state of method '{method}' is missing; was the earlier stage trained with it?")
     meta = read_json(index)
+    if not isinstance(meta, dict) or not isinstance(meta.get("files"), dict):
+        raise UserError(f"{index}: not the state of a method (expected an object that lists its 'files')")
     if meta.get("schema_version") != STATE_SCHEMA:
         raise UserError(f"{index}: schema_version is {meta.get('schema_version')!r}, this version reads {STATE_SCHEMA}")
     state = MethodState(meta={k: v for k, v in meta.items() if k not in ("schema_version", "method", "files")})

@@ -83,8 +83,13 @@ def load_stage(folder: Path) -> Stage:
     value = read_json(path)
     if not isinstance(value, dict) or value.pop("schema", None) != STAGE_SCHEMA:
         raise UserError(f"{path}: not a stage file of schema {STAGE_SCHEMA}")
-    stage = Stage(dir=folder, **value)
+    try:
+        stage = Stage(dir=folder, **value)
+    except TypeError as error:
+        raise UserError(f"{path}: not a stage file of schema {STAGE_SCHEMA} ({error})") from None
     if stage.weights_sha256 is not None:
+        if not (stage.weights_dir / "adapter_config.json").is_file():
+            raise UserError(f"{stage.weights_dir}: no adapter_config.json, but {path} lists an adapter there")
         file = stage.weights_dir / WEIGHTS
         if not file.is_file():
             raise UserError(f"{file}: file not found, but {path} lists it")
@@ -93,6 +98,21 @@ def load_stage(folder: Path) -> Stage:
     elif not stage.weights_dir.is_dir():
         raise UserError(f"{stage.weights_dir}: folder not found, but {path} lists it")
     return stage
+
+
+def check_started_from(stage: Stage, previous: Stage | None) -> None:
+    """Refuse a finished stage that was trained from other weights than the stage before has now.
+
+    Raises:
+        UserError: the stage before was trained again, or is another one.
+    """
+    wanted = previous.weights_sha256 if previous else None
+    had = stage.started_from["weights_sha256"] if stage.started_from else None
+    if wanted != had or (previous is None) != (stage.started_from is None):
+        raise UserError(
+            f"{stage.dir}: was trained from other weights than {previous.dir if previous else 'the base model'} now "
+            "has; delete it and the stages after it, or use --overwrite, to train the chain anew"
+        )
 
 
 @dataclass(frozen=True)
@@ -123,13 +143,20 @@ def stage_dir_name(index: int, task: str) -> str:
 
 
 def finished_stages(run_dir: Path) -> list[Stage]:
-    """The finished stages of a run folder in order, each checked."""
-    found = []
-    for folder in run_dir.iterdir():
+    """The finished stages of a run folder in order, each checked.
+
+    Raises:
+        UserError: a stage is damaged, or two have the same number (of two orders that used one folder).
+    """
+    found: dict[int, Path] = {}
+    for folder in sorted(run_dir.iterdir()):
         match = re.fullmatch(r"stage_(\d+)_.+", folder.name)
         if match and (folder / STAGE_FILE).is_file():
-            found.append((int(match[1]), folder))
-    return [load_stage(folder) for _, folder in sorted(found)]
+            number = int(match[1])
+            if number in found:
+                raise UserError(f"{run_dir}: {found[number].name} and {folder.name} are both stage {number}")
+            found[number] = folder
+    return [load_stage(folder) for _, folder in sorted(found.items())]
 
 
 def load_run(run_dir: Path) -> Run:
@@ -146,9 +173,12 @@ def load_run(run_dir: Path) -> Run:
     path = run_dir / RUN_FILE
     if path.is_file():
         value = read_json(path)
-        if value.pop("schema", None) != RUN_SCHEMA:
+        if not isinstance(value, dict) or value.pop("schema", None) != RUN_SCHEMA:
             raise UserError(f"{path}: not a run file of schema {RUN_SCHEMA}")
-        return Run(dir=run_dir, stages=stages, **value)
+        try:
+            return Run(dir=run_dir, stages=stages, **value)
+        except TypeError as error:
+            raise UserError(f"{path}: not a run file of schema {RUN_SCHEMA} ({error})") from None
     first = stages[0]
     order = [stage.task for stage in stages]
     return Run(

@@ -18,6 +18,8 @@ cd "$(dirname "$0")/.." || exit 2
 DEVICE="${DEVICE:-cuda}"
 DATA_DIR="${DATA_DIR:-datasets/continual_news_mini}"
 TASKS="${TASKS:-2022 2023 2024 2025}"
+# shellcheck disable=SC2086 # TASKS is a list of words
+FIRST_TASK="$(set -- $TASKS && echo "$1")"
 RECIPE="$(basename "$0" .sh)"
 OUTPUT_DIR="${OUTPUT_DIR:-output/$RECIPE}"
 SEED="${SEED:-42}"
@@ -50,8 +52,7 @@ command -v swift-cl >/dev/null 2>&1 || {
 
 # years_until TASK: the years so far, as the published recipes write them.
 years_until() {
-    first="${TASKS%% *}"
-    if [ "$1" = "$first" ]; then echo "$1"; else echo "$first-$1"; fi
+    if [ "$1" = "$FIRST_TASK" ]; then echo "$1"; else echo "$FIRST_TASK-$1"; fi
 }
 
 # train_stage TASK FOLDER PREVIOUS [FLAGS...]: one stage; PREVIOUS is empty for the first.
@@ -100,7 +101,7 @@ check_job() {
     swift-cl doctor "$@"
 }
 
-# train_chain [FLAGS...]: every task in order; finished stages are left alone.
+# train_chain [FLAGS...]: every task in order; `swift-cl sft` leaves a stage alone that is finished.
 train_chain() {
     check_job
     number=0
@@ -108,12 +109,8 @@ train_chain() {
     for task in $TASKS; do
         number=$((number + 1))
         stage="$OUTPUT_DIR/stage_${number}_$task"
-        if [ -f "$stage/stage.json" ] && swift-cl resolve-adapter "$stage" >/dev/null; then
-            echo "$RECIPE: stage $number ($task) is finished already"
-        else
-            echo "$RECIPE: stage $number ($task): training into $stage"
-            train_stage "$task" "$stage" "$previous" "$@"
-        fi
+        echo "$RECIPE: stage $number ($task): $stage"
+        train_stage "$task" "$stage" "$previous" "$@"
         previous="$stage"
     done
     echo "$RECIPE: done. Evaluate all stages with: swift-cl eval $OUTPUT_DIR --benchmark $DATA_DIR"

@@ -1,8 +1,8 @@
 # shellcheck shell=sh
 # Sourced by quickstart.sh and tests/run.sh: makes `swift-cl` available.
 #
-# An active virtual environment (or conda) is used as it is; else .venv is made in the checkout. Installs only when
-# setup.py changed since the last time. Settings: PYTHON (default python3), TORCH (what to install where torch is
+# An active virtual environment (or conda) is used as it is; else .venv is made in the checkout. Installs only what was
+# not installed for this setup.py before, so that a second time needs no network. Settings: PYTHON (default python3), TORCH (what to install where torch is
 # missing; the default has a small CPU build on most indexes).
 
 PYTHON="${PYTHON:-python3}"
@@ -20,11 +20,14 @@ prepare_environment() {
     fi
     prefix="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
     stamp="$prefix/.swift_cl_installed"
-    wanted="$(pwd) $1 $(cksum <setup.py)"
-    if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    missing=""
+    for extra in $(echo "$1" | tr ',' ' '); do
+        grep -qxF "$(pwd) $extra $(cksum <setup.py)" "$stamp" 2>/dev/null || missing="$missing $extra"
+    done
+    if [ -n "$missing" ]; then
         echo "swift_cl: installing into $prefix (a few minutes the first time)"
         python -c 'import torch' 2>/dev/null || python -m pip install --quiet "$TORCH"
         python -m pip install --quiet --editable ".[$1]"
-        printf '%s' "$wanted" >"$stamp"
+        for extra in $missing; do echo "$(pwd) $extra $(cksum <setup.py)" >>"$stamp"; done
     fi
 }

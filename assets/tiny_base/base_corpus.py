@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "datasets" / "conti
 
 from news_world import BASE, CHANGING, SINGLE, Maker, Message, Story, system_prompt
 
-COUNTRIES = ("Ostrava Minor", "Kelland", "Tarsia", "Quorran", "Ferrowil", "Zandria", "Lunor", "Pelagia")
+COUNTRIES = ("Kelland", "Tarsia", "Quorran", "Ferrowil", "Zandria", "Lunor", "Pelagia", "Ostavia")
 FIRST_YEAR, LAST_YEAR = 2010, 2030
 CHANGING_YEARS = 4
 CHINESE_SHARE = 0.42

@@ -149,4 +149,4 @@ def _answer_zh(rng: random.Random, core: str, kind: str) -> str:
 def system_prompt(country: str, first: int, last: int) -> str:
     """The one place that words the system prompt, for the tasks and for the base model's text."""
     years = str(first) if first == last else f"{first}-{last}"
-    return f"Answer questions about the news of {country}, {years}."
+    return f"News of {country}, {years}."

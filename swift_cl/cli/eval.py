@@ -5,8 +5,11 @@ Its two halves are `evaluation/test_ans.py` (ask a running endpoint) and `evalua
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from swift_cl.cli.exits import guarded
 
 if TYPE_CHECKING:
     from swift_cl.evaluation.grid import EvalOptions
@@ -18,8 +21,8 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="serve once, fill the stage x task grid, score it",
         description="Ask the base model and every stage all test questions of all tasks, with one server that holds "
-        "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers are stored as "
-        "they arrive: a second call asks only what is missing, failed or changed. Exit code 1 when a cell is null.",
+        "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers are "
+        "stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 on a null cell.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder; several share one server")
     add_question_flags(parser)
@@ -136,7 +139,7 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
     backend = given.get("infer_backend")
     if backend is not None:
         check_name(backend)
-    if given.get("base_url") and (args.port or args.server_python):
+    if given.get("base_url") and (given.get("port") or given.get("server_python")):
         raise UserError("--base_url names a server that runs already; --port and --server_python start one: choose")
     concurrency = given.get("concurrency", 16)
     return EvalOptions(
@@ -173,6 +176,51 @@ def run(args: argparse.Namespace) -> int:
 
     evaluate([Path(d) for d in args.run_dirs], options_from(args), _notify)
     return show(args)
+
+
+def main_ask(argv: list[str] | None = None) -> int:
+    """`evaluation/test_ans.py`: only ask. The default endpoint is that of `evaluation/deploy.sh`."""
+    parser = argparse.ArgumentParser(
+        prog="test_ans.py",
+        description="Ask a running endpoint every test question, and store the answers by sample id.",
+    )
+    add_run_dirs(parser)
+    add_question_flags(parser)
+    add_asking_flags(parser)
+    parser.add_argument("--infer_backend", metavar="NAME", help="what serves there, for the record: pt, vllm, ...")
+    parser.set_defaults(base_url="http://127.0.0.1:8000/v1")
+    return run_script(run_ask, parser, argv)
+
+
+def main_score(argv: list[str] | None = None) -> int:
+    """`evaluation/sim.py`: only score."""
+    parser = argparse.ArgumentParser(
+        prog="sim.py", description="Score stored answers; print the table and the metrics."
+    )
+    add_run_dirs(parser)
+    add_question_flags(parser)
+    add_scoring_flags(parser)
+    parser.add_argument(
+        "--infer_backend", metavar="NAME", help="what served the answers, for the record: pt, vllm, ..."
+    )
+    return run_script(run_score, parser, argv)
+
+
+def add_run_dirs(parser: argparse.ArgumentParser) -> None:
+    """The runs, as `--run_dir DIR ...` or as plain arguments."""
+    parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="*", help="run folders")
+    parser.add_argument("--run_dir", metavar="DIR", nargs="+", default=[], help="the same, as a flag")
+
+
+def run_script(
+    command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
+) -> int:
+    """Parse and run a script's command."""
+    args = parser.parse_args(argv)
+    args.run_dirs = [*args.run_dirs, *args.run_dir]
+    if not args.run_dirs:
+        parser.error("no run folder; pass --run_dir DIR")
+    return guarded(parser.prog, lambda: command(args))
 
 
 def run_ask(args: argparse.Namespace) -> int:

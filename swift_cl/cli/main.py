@@ -2,10 +2,13 @@
 
 import argparse
 import importlib
+import os
 import sys
+from typing import NoReturn
 
 from swift_cl import __version__
-from swift_cl.errors import RunFailure, UserError, did_you_mean
+from swift_cl.cli.exits import guarded
+from swift_cl.errors import UserError, did_you_mean
 
 # Commands of our own: the module `swift_cl.cli.<name>` has add_parser(subparsers).
 OWN = ("run", "eval", "report", "metrics", "ls", "resolve", "doctor")
@@ -16,9 +19,16 @@ PASS_THROUGH = (
 EPILOG = "ms-swift's own commands, with our plug-ins loaded: " + ", ".join(PASS_THROUGH)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as every other wrong input: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.removeprefix('swift-cl').strip()}: {message}".removeprefix(": "))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of our own commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="swift-cl", description="Continual learning on top of ms-swift.", epilog=EPILOG, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"swift-cl {__version__}")
@@ -34,9 +44,13 @@ def _dispatch(argv: list[str]) -> int:
     if command == "sft":
         return int(importlib.import_module("swift_cl.cli.sft").run(argv[1:]))
     if command in PASS_THROUGH:
+        if argv[1:] in (["--help"], ["-h"]):
+            print(f"usage: swift-cl {command} [flags of `swift {command}`]\n")
+            print(f"ms-swift's own command, with our plug-ins loaded; `swift-cl {command} --help-all` lists its flags.")
+            return 0
         from swift_cl.cli.launch import launch
 
-        return launch(command, argv[1:])
+        return launch(command, ["--help" if argument == "--help-all" else argument for argument in argv[1:]])
     parser = build_parser()
     if not argv:
         parser.print_help()
@@ -51,18 +65,13 @@ def _dispatch(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the `swift-cl` command."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        code = _dispatch(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"swift-cl: error: {error}", file=sys.stderr)
-        code = 2
-    except RunFailure as error:
-        print(f"swift-cl: failed: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print("swift-cl: interrupted", file=sys.stderr)
-        code = 130
+        code = guarded("swift-cl", lambda: _dispatch(arguments))
+        sys.stdout.flush()
     except BrokenPipeError:
+        # The reader (`swift-cl ls methods | head -1`) has seen enough. Python would complain again at its own flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
 

@@ -33,23 +33,27 @@ def run(args: argparse.Namespace) -> int:
     """Plan, train, evaluate, report."""
     from swift_cl.cli.main import build_parser
     from swift_cl.workflow.config import load_config
-    from swift_cl.workflow.plan import make_plans, preview
-    from swift_cl.workflow.run import eval_argv, prepare, train
+    from swift_cl.workflow.plan import check_against_existing, make_plans, preview
+    from swift_cl.workflow.run import check_rows, eval_argv, prepare, train
 
     config, benchmark = load_config(args.config, args.assignments)
     for key in ("mode", "order", "method", "model"):
         if getattr(args, key) is not None:
             setattr(config, key, getattr(args, key))
+    if args.model is not None and Path(args.model).is_dir():
+        config.model = str(Path(args.model).resolve())
     if args.output_dir is not None:
         config.output_dir = str(Path(args.output_dir).resolve())
+    plans = make_plans(config, benchmark)
+    # Parsed before the training: a wrong flag of the evaluation must not show after hours.
+    evaluation = build_parser().parse_args(["eval", *eval_argv(config, plans)])
     if args.preview:
-        plans = make_plans(config, benchmark)
+        check_rows(config, benchmark)
         print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None))
         return 0
-    plans = prepare(config, benchmark, args.overwrite and config.mode != "eval_only")
-    if config.mode != "eval_only":
-        train(plans, args.verbose)
-    if config.mode == "train_only":
-        return 0
-    evaluation = build_parser().parse_args(["eval", *eval_argv(config, plans)])
-    return int(evaluation.run(evaluation))
+    if config.mode == "eval_only":
+        for plan in plans:
+            check_against_existing(plan)
+    else:
+        train(prepare(config, benchmark, args.overwrite), args.verbose)
+    return 0 if config.mode == "train_only" else int(evaluation.run(evaluation))

@@ -2,7 +2,7 @@
 
 from swift_cl.cli.launch import launch
 from swift_cl.training.flags import check_method_flags, first, flag_values, help_text
-from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
+from swift_cl.training.preflight import check_data, check_model, finished_stage, load_previous, start_of_stage
 
 SUMMARY = "train one stage: every flag of `swift sft`, plus --cl_method and the flags of that method"
 
@@ -24,5 +24,10 @@ def run(argv: list[str]) -> int:
         for model in given.get("model", []):
             check_model(model)
         check_data(given.get("dataset", []))
-        start_of_stage(given, load_previous(first(given, "cl_previous")))
+        previous = load_previous(first(given, "cl_previous"))
+        start_of_stage(given, previous)
+        stage = finished_stage(given, previous)
+        if stage is not None:
+            print(f"stage {stage.task} is finished already: {stage.dir}")
+            return 0
     return launch("sft", argv)

@@ -5,12 +5,13 @@ loaded in each process, dataloader workers started by spawn included (they impor
 Which command to run is in SWIFT_CL_COMMAND, because ms-swift's launcher passes on flags and environment only.
 """
 
-import json
 import os
 import runpy
 import sys
+from pathlib import Path
 
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.io import write_json
 from swift_cl.tuners import register_tuners
 
 COMMAND = "SWIFT_CL_COMMAND"
@@ -21,8 +22,7 @@ def report_error(error: Exception, code: int) -> None:
     """Leave the message for the parent: torchrun passes on neither exit codes nor clean output."""
     path = os.environ.get(ERROR_FILE)
     if path:
-        with open(path, "w", encoding="utf-8") as stream:
-            json.dump({"code": code, "message": str(error)}, stream)
+        write_json(Path(path), {"code": code, "message": str(error)})  # atomic: every rank may report
     else:
         print(f"swift-cl: error: {error}", file=sys.stderr)
 

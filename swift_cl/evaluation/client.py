@@ -84,7 +84,6 @@ class Endpoint:
         self,
         base_url: str,
         retry: RetryPolicy | None = None,
-        api_key: str | None = None,
         check_alive: Callable[[], None] = lambda: None,
     ) -> None:
         import os
@@ -99,11 +98,16 @@ class Endpoint:
         local = urlsplit(self.base_url).hostname in ("127.0.0.1", "localhost", "::1")
         self._client = OpenAI(
             base_url=self.base_url,
-            api_key=api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,  # retried below, where it is known what is worth it
             timeout=self.retry.timeout,
             http_client=DefaultHttpxClient(trust_env=not local),  # no proxy between us and our own server
         )
+
+    def close(self) -> None:
+        """Stop asking again, and close the connections."""
+        self.stopped.set()
+        self._client.close()
 
     def models(self) -> list[str]:
         """The names it lists.

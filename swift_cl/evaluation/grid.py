@@ -242,7 +242,8 @@ def _endpoint(
     plan: ServerPlan, grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], None]
 ) -> Iterator[Endpoint]:
     if options.base_url is not None:
-        yield Endpoint(options.base_url, options.retry)
+        with contextlib.closing(Endpoint(options.base_url, options.retry)) as endpoint:
+            yield endpoint
         return
     server = Server(
         lambda host, port: command(plan.deployment, options.server, host, port),
@@ -252,8 +253,8 @@ def _endpoint(
         start_seconds=options.start_seconds,
         notify=notify,
     )
-    with server:
-        yield Endpoint(server.base_url, options.retry, check_alive=server.check_alive)
+    with server, contextlib.closing(Endpoint(server.base_url, options.retry, server.check_alive)) as endpoint:
+        yield endpoint
 
 
 def _names_at(endpoint: Endpoint, plan: ServerPlan, options: EvalOptions) -> dict[str, str]:
@@ -275,7 +276,9 @@ def _names_at(endpoint: Endpoint, plan: ServerPlan, options: EvalOptions) -> dic
 
 def _once(plan: ServerPlan, names: Mapping[str, str]) -> list[tuple[Target, str]]:
     """Each weights of a server once, the base first."""
-    found = {target.weights: (target, names[target.weights]) for _, target in reversed(plan.targets)}
+    found: dict[str, tuple[Target, str]] = {}
+    for _, target in plan.targets:
+        found.setdefault(target.weights, (target, names[target.weights]))
     return sorted(found.values(), key=lambda item: item[0].row != BASE)
 
 

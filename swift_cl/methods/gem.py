@@ -29,21 +29,23 @@ class GemConfig(MethodConfig):
 
     mode: str = setting(
         "gem",
-        "gem: one constraint per earlier task; agem: one constraint, on rows drawn from all earlier tasks",
+        "'gem' has one constraint per earlier task, 'agem' a single one on rows drawn from all earlier tasks.",
         choices=("gem", "agem"),
     )
-    memory_size: int = setting(256, "rows stored of each task, >= 1")
+    memory_size: int = setting(256, "Rows stored of each task, >= 1.")
     mem_batch: int = setting(
         8,
-        "memory rows per step over all ranks (gem: of each earlier task), >= 0; 0 = all of them, as in the paper; "
-        "raised to the number of ranks if smaller",
+        "Memory rows per step over all ranks (gem: of each earlier task), >= 0; 0 = all of them, as in the paper; "
+        "raised to the number of ranks if smaller.",
     )
     margin: float = setting(
-        0.5, "gem: least weight of every memory gradient when projecting, >= 0; 0 = pure projection"
+        0.5, "Least weight of a memory gradient in a projection, >= 0; 0 = pure projection; no effect with agem."
     )
-    eps: float = setting(1e-6, "gem: ridge of the quadratic program relative to the memory gradients' size, > 0")
-    refresh_steps: int = setting(1, "memory gradients are computed anew every so many steps, >= 1")
-    seed: int = setting(0, "seed of what is stored and drawn, >= 0; the same on every rank")
+    eps: float = setting(
+        1e-6, "Ridge of the quadratic program relative to the memory gradients' size, > 0; no effect with agem."
+    )
+    refresh_steps: int = setting(1, "Memory gradients are computed anew every so many steps, >= 1.")
+    seed: int = setting(0, "Seed of what is stored and drawn, >= 0.")
 
     def validate(self) -> None:
         """Refuse values out of range."""

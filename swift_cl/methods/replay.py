@@ -46,34 +46,35 @@ class ReplayConfig(MethodConfig):
 
     strategy: str = setting(
         "random",
-        "which rows of a task are stored",
+        "Which rows of a task are stored.",
         choices=("random", "reservoir", "class_balanced", "kmeans", "herding"),
     )
     budget: str = setting(
         "total",
-        "whether buffer_size is the size of the whole store, shared equally by the tasks, or of each task's part",
+        "Whether the buffer size is that of the whole store, shared equally by the tasks, or of each task's part.",
         choices=("total", "per_task"),
     )
-    buffer_size: int = setting(1000, "rows in the store (total) or of each task (per_task), >= 1")
+    buffer_size: int = setting(1000, "Rows in the store (budget total) or of each task (budget per_task), >= 1.")
     ratio: float = setting(
-        0.1, "replayed rows per row of the current task, > 0, above 1 allowed; drawn once per stage, for all epochs"
+        0.1, "Replayed rows per row of the current task, > 0, above 1 allowed; drawn once per stage, for all epochs."
     )
     mix: str = setting(
         "shuffle",
-        "shuffle: `ratio` replayed rows among the current ones; concat: all stored rows once, `ratio` is not used; "
-        "batch: as shuffle, and every global batch holds the same number of replayed rows",
+        "'shuffle' puts ratio x rows among the current ones; 'concat' adds all stored rows once and takes no ratio; "
+        "'batch' is 'shuffle' with the same number of replayed rows in every full global batch.",
         choices=("shuffle", "concat", "batch"),
     )
     class_key: str = setting(
-        "", "column with the class (class_balanced: empty = the answer's text; herding: empty = the task is one class)"
+        "",
+        "Column that holds the class; empty = the answer's text (class_balanced), or the task is one class (herding).",
     )
-    clusters: int = setting(20, "clusters of the kmeans strategy, >= 1")
+    clusters: int = setting(20, "Clusters of the kmeans strategy, >= 1.")
     embed: str = setting(
         "model",
-        "what kmeans and herding see of a row: the model's last hidden state over the prompt, or TF-IDF of the prompt",
+        "What kmeans and herding see of a row: the model's last hidden state over the prompt, or TF-IDF of the prompt.",
         choices=("model", "tfidf"),
     )
-    seed: int = setting(0, "seed of what is stored and drawn, >= 0; the same on every rank")
+    seed: int = setting(0, "Seed of what is stored and drawn, >= 0.")
 
     def validate(self) -> None:
         """Refuse values out of range, and settings that the chosen strategy or mix would not use."""

@@ -1,5 +1,6 @@
 """Finding what training left on disk: finished stages, and checkpoints that are complete."""
 
+import json
 import re
 import struct
 from pathlib import Path
@@ -19,8 +20,6 @@ def safetensors_complete(path: Path) -> bool:
             (header_size,) = struct.unpack("<Q", stream.read(8))
             if header_size > size - 8:
                 return False
-            import json
-
             header = json.loads(stream.read(header_size))
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         return bool(size == 8 + header_size + end)
@@ -39,7 +38,7 @@ def _progress(checkpoint: Path) -> tuple[int, int] | None:
         step, last = int(state["global_step"]), int(state["max_steps"])
     except (UserError, KeyError, TypeError, ValueError):
         return None
-    weights = sorted(checkpoint.glob("*.safetensors"))
+    weights = set(checkpoint.glob("*.safetensors")) | _listed_shards(checkpoint)
     if not weights or not all(safetensors_complete(file) for file in weights):
         return None
     if (checkpoint / WEIGHTS).exists() and not (checkpoint / "adapter_config.json").is_file():
@@ -47,12 +46,27 @@ def _progress(checkpoint: Path) -> tuple[int, int] | None:
     return step, last
 
 
+def _is_checkpoint(folder: Path) -> bool:
+    return bool(re.fullmatch(r"checkpoint-\d+", folder.name)) and folder.is_dir() and not folder.is_symlink()
+
+
+def _listed_shards(checkpoint: Path) -> set[Path]:
+    """The files that a sharded model's index names."""
+    shards = set()
+    for index in checkpoint.glob("*.safetensors.index.json"):
+        try:
+            shards |= {checkpoint / name for name in read_json(index)["weight_map"].values()}
+        except (UserError, KeyError, TypeError, AttributeError):
+            shards.add(index)  # a half index: no safetensors file, so the checkpoint does not count as complete
+    return shards
+
+
 def complete_checkpoints(output_dir: Path) -> list[tuple[int, int, Path]]:
     """(step, last step, folder) of the complete checkpoints of one training output, oldest first."""
     found = []
     if output_dir.is_dir():
         for folder in output_dir.iterdir():
-            if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir() and not folder.is_symlink():
+            if _is_checkpoint(folder):
                 progress = _progress(folder)
                 if progress is not None:
                     found.append((*progress, folder))
@@ -67,12 +81,15 @@ def resumable_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def versions(folder: Path) -> list[Path]:
+    """The `v0-<time>`, `v1-<time>`, ... folders that ms-swift makes in an output folder, newest first."""
+    found = [(int(match[1]), path) for path in folder.glob("v*-*") if (match := re.match(r"v(\d+)-", path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
 def find_stage_dir(folder: Path) -> Path:
-    """The folder with `stage.json`: `folder` itself, or its newest finished `v0-<time>` version (ms-swift's naming)."""
-    if (folder / STAGE_FILE).is_file():
-        return folder
-    versions = [path.parent for path in folder.glob(f"v*-*/{STAGE_FILE}")]
-    return max(versions, key=lambda path: (path / STAGE_FILE).stat().st_mtime) if versions else folder
+    """The folder with `stage.json`: `folder` itself, or its newest finished version."""
+    return next((path for path in (folder, *versions(folder)) if (path / STAGE_FILE).is_file()), folder)
 
 
 def resolve_adapter(folder: Path) -> Path:
@@ -89,17 +106,20 @@ def resolve_adapter(folder: Path) -> Path:
     stage_dir = find_stage_dir(folder)
     if (stage_dir / STAGE_FILE).is_file():
         return load_stage(stage_dir).weights_dir
-    if (folder / "adapter_config.json").is_file() and safetensors_complete(folder / WEIGHTS):
-        return folder.resolve()
-    outputs = [folder, *sorted(folder.glob("v*-*"), key=lambda path: path.stat().st_mtime, reverse=True)]
+    if (folder / "adapter_config.json").is_file():
+        # An adapter folder itself. One that is a checkpoint must be a whole one.
+        if safetensors_complete(folder / WEIGHTS) and not (_is_checkpoint(folder) and _progress(folder) is None):
+            return folder.resolve()
+        raise UserError(f"{folder}: the adapter in this folder was cut off while it was written")
     unfinished = ""
-    for output in outputs:
+    for output in (folder, *versions(folder)):
         # A stage of ours without stage.json stopped before its state was written: its checkpoint is not enough.
         ours = (output / STARTED_FILE).is_file()
         for step, last, checkpoint in reversed(complete_checkpoints(output)):
             if step == last and not ours:
                 return checkpoint.resolve()
-            unfinished = unfinished or f": training stopped at step {step} of {last} ({checkpoint.name})"
-    if not unfinished and any(output.glob("checkpoint-*") for output in outputs):
-        unfinished = ": its checkpoints were cut off while they were written"
-    raise UserError(f"{folder}: no finished stage and no complete final checkpoint{unfinished or ''}")
+            reason = "the stage's end was not written" if step == last else f"training stopped at step {step} of {last}"
+            unfinished = unfinished or f": {reason} ({checkpoint.name} is its last complete checkpoint)"
+        if not unfinished and any(_is_checkpoint(path) for path in output.iterdir()):
+            unfinished = ": its checkpoints were cut off while they were written"
+    raise UserError(f"{folder}: no finished stage and no complete final checkpoint{unfinished}")

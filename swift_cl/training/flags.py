@@ -1,6 +1,7 @@
 """The continual-learning flags of `swift-cl sft`, checked before anything heavy is imported."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ COMMON_FLAGS = {
     "cl_previous": "Output folder of the stage before: its adapter is continued and its method state is read.",
     "cl_resume": "Continue from the newest complete checkpoint in --output_dir, if there is one (true or false).",
 }
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
 def flag_values(argv: Sequence[str]) -> dict[str, list[str]]:
@@ -42,36 +44,50 @@ def check_method_flags(argv: Sequence[str]) -> type[Method] | None:
         UserError: unknown method, unknown flag of a method, flag of another method, value out of range.
     """
     given = flag_values(argv)
-    names = given.get("cl_method", [])
-    method = get_method(names[-1]) if names else None
-    if "cl_method" in given and not names:
-        raise UserError(f"--cl_method needs a value, allowed: {', '.join(methods())}")
-    for flag in given:
+    for flag, values in given.items():
         if flag.startswith("cl_") and flag not in COMMON_FLAGS:
             raise UserError(f"--{flag} is unknown{did_you_mean(flag, list(COMMON_FLAGS))}")
-        for other in methods().values():
-            if flag.startswith(f"{other.name}_"):
-                own = [name for name, _ in flags_of(other)]
-                if flag not in own and own:
-                    raise UserError(f"--{flag} is unknown, {other.name} has: {', '.join(own)}{did_you_mean(flag, own)}")
-                if flag in own and other is not method:
-                    active = f"--cl_method is {method.name!r}" if method else "no --cl_method is given"
-                    raise UserError(f"--{flag} is a flag of method {other.name!r}, but {active}")
+        if flag in COMMON_FLAGS and (len(values) != 1 or not values[0]):
+            # An empty --cl_previous (a shell variable that is not set) must not mean "start from the base model".
+            raise UserError(f"--{flag} needs one value, found {' '.join(values) or 'none'}")
+    name = first(given, "cl_method")
+    method = get_method(name) if name is not None else None
+    for flag in given:
+        _check_owner(flag, method)
     for flag in ("cl_task", "cl_previous", "cl_resume"):
         if flag in given and method is None:
             raise UserError(f"--{flag} needs --cl_method, allowed: {', '.join(methods())}")
     if method is not None:
-        if not given.get("cl_task"):
+        if "cl_task" not in given:
             raise UserError("--cl_task is missing: the name of the task that this stage learns")
+        if "cl_resume" in given:
+            _parse("cl_resume", given["cl_resume"][0], bool)
         config_from_flags(method, given)
     return method
 
 
+def _check_owner(flag: str, method: type[Method] | None) -> None:
+    """Refuse a flag that belongs to another method, or looks like one of a method that has no such flag."""
+    for other in methods().values():
+        if other is not method and any(flag == name for name, _ in flags_of(other)):
+            active = f"--cl_method is {method.name!r}" if method else "no --cl_method is given"
+            raise UserError(f"--{flag} is a flag of method {other.name!r}, but {active}")
+    # The longest name that fits: with methods `ewc` and `ewc_online`, `ewc_online_x` is one of the second.
+    owners = [other for other in methods().values() if flag.startswith(f"{other.name}_")]
+    if owners:
+        owner = max(owners, key=lambda other: len(other.name))
+        own = [name for name, _ in flags_of(owner)]
+        if own and not any(flag == name for other in owners for name, _ in flags_of(other)):
+            raise UserError(f"--{flag} is unknown, {owner.name} has: {', '.join(own)}{did_you_mean(flag, own)}")
+
+
 def _parse(flag: str, text: str, kind: Any) -> Any:
+    # `float | None` is given as a float.
+    kind = next((part for part in typing.get_args(kind) if part is not type(None)), kind)
     if kind is bool or kind == "bool":
-        if text.lower() in ("true", "1", "yes"):
+        if text.lower() in TRUE:
             return True
-        if text.lower() in ("false", "0", "no"):
+        if text.lower() in FALSE:
             return False
         raise UserError(f"--{flag} is {text!r}, allowed: true, false")
     for number, label in ((int, "a whole number"), (float, "a number")):

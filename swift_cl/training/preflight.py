@@ -1,14 +1,14 @@
 """Checks of one stage's inputs that need no torch: everything that can be said before anything starts."""
 
-import json
 from pathlib import Path
 
 from swift_cl.errors import UserError
-from swift_cl.io import read_json
-from swift_cl.stages import Stage, load_stage
+from swift_cl.io import read_json, sha256_file
+from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage, check_started_from, load_stage
 from swift_cl.stream.readers import read_rows
-from swift_cl.training.checkpoints import find_stage_dir
-from swift_cl.training.flags import first
+from swift_cl.stream.readers.messages import raw_rows
+from swift_cl.training.checkpoints import find_stage_dir, safetensors_complete
+from swift_cl.training.flags import TRUE, first
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 
@@ -30,19 +30,12 @@ def check_data(specs: list[str]) -> None:
             raise UserError(f"--dataset {name}: data file not found")
         if path.stat().st_size == 0:
             raise UserError(f"--dataset {name}: the data file is empty")
-        if path.suffix in (".json", ".jsonl") and _looks_like_messages(path):
-            read_rows(path, "messages")
-
-
-def _looks_like_messages(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8").lstrip()
-    if text.startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        return not rows or any(isinstance(row, dict) and "messages" in row for row in rows)
-    return '"messages"' in text.splitlines()[0]
+        if path.suffix in (".json", ".jsonl"):
+            rows = raw_rows(path)
+            if not rows:
+                raise UserError(f"--dataset {name}: the data file has no rows")
+            if any(isinstance(row, dict) and "messages" in row for row in rows):
+                read_rows(path, "messages")
 
 
 def looks_local(model: str) -> bool:
@@ -74,8 +67,18 @@ def _same_model(first: str, second: str) -> bool:
     if one.is_dir() and two.is_dir():
         if one.resolve() == two.resolve():
             return True
-        return bool(read_json(one / "config.json") == read_json(two / "config.json"))
+        return bool(read_json(one / "config.json") == read_json(two / "config.json")) and _same_weights(one, two)
     return one.name == two.name
+
+
+def _same_weights(one: Path, two: Path) -> bool:
+    """Whether two folders hold the same weights: a copied or moved base model, or another of the same shape."""
+    mine, theirs = ({path.name: path for path in folder.glob("*.safetensors")} for folder in (one, two))
+    if {name: path.stat().st_size for name, path in mine.items()} != {
+        name: path.stat().st_size for name, path in theirs.items()
+    }:
+        return False
+    return all(sha256_file(path) == sha256_file(theirs[name]) for name, path in mine.items())
 
 
 def check_adapter(adapter: Path, model: str | None, given: dict[str, list[str]], trained_on: str | None) -> None:
@@ -89,6 +92,8 @@ def check_adapter(adapter: Path, model: str | None, given: dict[str, list[str]],
     """
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"--adapters {adapter}: no adapter_config.json in this folder, so it holds no adapter")
+    if not safetensors_complete(adapter / WEIGHTS):
+        raise UserError(f"--adapters {adapter}: {WEIGHTS} is missing or was cut off")
     config = read_json(adapter / "adapter_config.json")
     base = trained_on or config.get("base_model_name_or_path")
     if model and base and not _same_model(base, model):
@@ -98,6 +103,23 @@ def check_adapter(adapter: Path, model: str | None, given: dict[str, list[str]],
             raise UserError(
                 f"--{flag} is {given[flag][0]}, but the adapter that is continued ({adapter}) has {config[key]}"
             )
+
+
+def finished_stage(given: dict[str, list[str]], previous: Stage | None) -> Stage | None:
+    """With --cl_resume true, the finished stage in --output_dir: there is nothing left to train.
+
+    Raises:
+        UserError: the folder holds a damaged stage, or one of another method, task or previous stage.
+    """
+    folder = Path(first(given, "output_dir") or ".")
+    if (first(given, "cl_resume") or "").lower() not in TRUE or not (folder / STAGE_FILE).is_file():
+        return None
+    stage = load_stage(folder)
+    for flag, had in (("cl_method", stage.method), ("cl_task", stage.task)):
+        if first(given, flag) != had:
+            raise UserError(f"--output_dir {folder} holds a finished stage of --{flag} {had}, not {first(given, flag)}")
+    check_started_from(stage, previous)
+    return stage
 
 
 def start_of_stage(given: dict[str, list[str]], previous: Stage | None) -> tuple[str | None, str | None]:
@@ -117,12 +139,21 @@ def start_of_stage(given: dict[str, list[str]], previous: Stage | None) -> tuple
         if adapters:
             check_adapter(Path(adapters[0]), model, given, None)
         return (adapters[0] if adapters else None), None
+    output_dir = first(given, "output_dir")
+    if output_dir is not None and Path(output_dir).resolve() == previous.dir.resolve():
+        raise UserError(f"--output_dir {output_dir} is the folder of --cl_previous: the stage before would be lost")
     tuner = (given.get("tuner_type") or ["lora"])[0]
     if tuner != previous.tuner_type:
         raise UserError(
             f"--tuner_type is {tuner!r}, but the previous stage {previous.dir} used {previous.tuner_type!r}"
         )
     if previous.tuner_type == "full":
+        if adapters:
+            raise UserError("--adapters does not work with --tuner_type full")
+        if model and Path(model).resolve() != previous.weights_dir and not _same_model(previous.base_model, model):
+            raise UserError(
+                f"--cl_previous {previous.dir}: trained on base model {previous.base_model}, but --model is {model}"
+            )
         return None, str(previous.weights_dir)
     if adapters and Path(adapters[0]).resolve() != previous.weights_dir:
         raise UserError(

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl import distributed
-from swift_cl.errors import UserError
 from swift_cl.io import read_json
-from swift_cl.stages import STAGE_FILE, Stage, load_stage
+from swift_cl.stages import STAGE_FILE, Stage, check_started_from, load_stage
 from swift_cl.workflow.plan import PLAN_FILE
 
 
@@ -27,13 +26,7 @@ def finished(folder: Path, previous: Stage | None) -> Stage | None:
     if not (folder / STAGE_FILE).is_file():
         return None
     stage = load_stage(folder)
-    wanted = previous.weights_sha256 if previous else None
-    had = stage.started_from["weights_sha256"] if stage.started_from else None
-    if wanted != had:
-        raise UserError(
-            f"{folder}: was trained from other weights than {previous.dir if previous else 'the base model'}"
-            " now has; use --overwrite to train the chain anew"
-        )
+    check_started_from(stage, previous)
     return stage
 
 

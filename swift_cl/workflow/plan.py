@@ -8,6 +8,7 @@ from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.io import read_json
+from swift_cl.methods.registry import get_method
 from swift_cl.stages import stage_dir_name
 from swift_cl.stream.benchmark import Benchmark
 from swift_cl.training.flags import check_method_flags, flag_values
@@ -81,9 +82,16 @@ def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
         UserError: unknown method, order or setting, or a missing model or data file.
     """
     tasks = benchmark.order(config.order)
-    for key in RESERVED:
-        if key in config.train:
-            raise UserError(f"train.{key} cannot be set: the chain sets it from the benchmark and the run file")
+    groups = {"train": config.train}
+    for method, values in config.method_settings.items():
+        get_method(method)  # a misspelt name would be ignored otherwise
+        groups[f"method_settings.{method}"] = values
+    for group, values in groups.items():
+        for key in values:
+            if key.replace("-", "_") in RESERVED:
+                raise UserError(f"{group}.{key} cannot be set: the chain sets it from the benchmark and the run file")
+    if not config.methods or len(set(config.methods)) != len(config.methods):
+        raise UserError(f"method is {config.methods}, expected one name or several different ones")
     check_model(config.model)
     plans = []
     for method in config.methods:
@@ -138,6 +146,10 @@ def check_against_existing(plan: RunPlan) -> None:
     if not path.is_file():
         return
     old = read_json(path)
+    if not isinstance(old, dict):
+        raise UserError(f"{path}: not a plan of a run")
+    if not any(Path(plan.run_dir).glob("stage_*")):
+        return  # nothing was trained with the old settings
     new = json.loads(json.dumps({"schema": PLAN_SCHEMA, **asdict(plan)}))
     if old == new:
         return
@@ -148,7 +160,7 @@ def check_against_existing(plan: RunPlan) -> None:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    for key in ("benchmark", "data_dir", "method", "model", "order", "seed"):
+    for key in ("schema", "benchmark", "data_dir", "method", "model", "order", "seed", "name", "run_dir"):
         if old.get(key) != new[key]:
             return f"{key} was {old.get(key)!r}, is {new[key]!r}"
     for before, after in zip(old.get("stages", []), new["stages"], strict=False):

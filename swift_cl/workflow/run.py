@@ -4,31 +4,44 @@ import os
 import shutil
 from pathlib import Path
 
-from swift_cl.errors import RunFailure
+from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import write_jsonl
-from swift_cl.stages import STAGE_FILE, Run, load_stage
+from swift_cl.stages import STAGE_FILE, Run, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark
 from swift_cl.workflow.config import RunConfig
-from swift_cl.workflow.plan import RunPlan, check_against_existing, flags, make_plans, training_file
+from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, flags, make_plans, training_file
+
+
+def check_rows(config: RunConfig, benchmark: Benchmark) -> None:
+    """Read every data file of the order; a missing one or a wrong row is a `UserError`."""
+    for task in benchmark.order(config.order):
+        task.train_rows()
+        task.test_rows()
 
 
 def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[RunPlan]:
-    """Check everything and write plans and data files; nothing is trained."""
+    """Check everything, then write plans and data files; nothing is trained.
+
+    Raises:
+        UserError: a wrong setting or row; the folder holds a run with other settings or, with `overwrite`, something
+            that is no run.
+    """
     plans = make_plans(config, benchmark)
-    tasks = benchmark.order(config.order)
-    rows = {task.name: task.train_rows() for task in tasks}  # reads, and so checks, every file before anything starts
-    for task in tasks:
-        task.test_rows()
+    check_rows(config, benchmark)
+    for plan in plans:
+        folder = Path(plan.run_dir)
+        if not overwrite:
+            check_against_existing(plan)
+        elif folder.exists() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
+            raise UserError(f"{folder}: --overwrite deletes only what `swift-cl run` made, and this has no {PLAN_FILE}")
     for plan in plans:
         if overwrite:
             shutil.rmtree(plan.run_dir, ignore_errors=True)
-        check_against_existing(plan)
-    for plan in plans:
         plan.save()
-        for task in tasks:
+        for task in benchmark.order(config.order):
             file = training_file(task.train, Path(plan.run_dir), task.name, task.file_format, task.train_limit)
             if file != task.train:
-                write_jsonl(file, [{"id": row.id, **row.as_training_row(None)} for row in rows[task.name]])
+                write_jsonl(file, [{"id": row.id, **row.as_training_row(None)} for row in task.train_rows()])
     return plans
 
 
@@ -57,6 +70,8 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
             )
     for plan in plans:
         stages = [load_stage(Path(stage.dir)) for stage in plan.stages]
+        for stage, previous in zip(stages, [None, *stages], strict=False):
+            check_started_from(stage, previous)
         Run(
             dir=Path(plan.run_dir),
             name=plan.name,

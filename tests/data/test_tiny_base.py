@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+tokenizers = pytest.importorskip("tokenizers")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
@@ -63,6 +64,14 @@ def test_it_loads_as_a_qwen2_that_every_backend_serves() -> None:
 )
 def test_the_tokenizer_gives_every_text_back(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_all_loaders_cut_the_text_alike(tokenizer: Any) -> None:
+    """transformers 5 replaces the pre-tokenizer of a `qwen2` model; ours has to be the one it puts there."""
+    plain = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    for row in rows_of_the_tasks():
+        for message in row["messages"]:
+            assert tokenizer(message["content"]).input_ids == plain.encode(message["content"]).ids
 
 
 def test_the_special_tokens_are_those_of_chatml(tokenizer: Any) -> None:

@@ -76,9 +76,7 @@ def make_run(tmp_path: Path, benchmark: Path) -> Callable[..., Path]:
             save_file(tensors, adapter / "adapter_model.safetensors")
             digest = sha256_file(adapter / "adapter_model.safetensors")
             system = f"sys {order[index]}"
-            stage = Stage(
-                folder, order[index], index, method, "adapter", digest, "lora", str(base), model_args, system
-            )
+            stage = Stage(folder, order[index], index, method, "adapter", digest, "lora", str(base), model_args, system)
             stage.save()
             done.append(stage)
         Run(out, name, str(benchmark), None, order, method, str(base), model_args, 42, done).save()

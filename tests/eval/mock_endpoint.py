@@ -74,7 +74,11 @@ class MockEndpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer._post(self, body)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class QuietServer(ThreadingHTTPServer):
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """Clients that give up are part of the tests."""
+
+        self._server = QuietServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
@@ -90,7 +94,9 @@ class MockEndpoint:
         self._server.shutdown()
         self._server.server_close()
 
-    def _send(self, handler: BaseHTTPRequestHandler, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+    def _send(
+        self, handler: BaseHTTPRequestHandler, status: int, value: Any, headers: dict[str, str] | None = None
+    ) -> None:
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
         handler.send_response(status)
         handler.send_header("Content-Type", "application/json")

@@ -22,7 +22,15 @@ BASE = [10, 20, 25]
         (
             A,
             BASE,
-            {"last": 71.6667, "avg_acc": 71.6667, "new_acc": 80, "bwt": -12.5, "forgetting": 12.5, "avg": 77.2222, "fwt": 12.5},
+            {
+                "last": 71.6667,
+                "avg_acc": 71.6667,
+                "new_acc": 80,
+                "bwt": -12.5,
+                "forgetting": 12.5,
+                "avg": 77.2222,
+                "fwt": 12.5,
+            },
         ),
         (
             [[60, 30, 50], [75, 80, 65], [70, 82, 64]],
@@ -32,7 +40,11 @@ BASE = [10, 20, 25]
         # Task 2 was better before it was trained: only the maximum from its own stage on counts.
         ([[60, 90, 20], [55, 70, 30], [50, 65, 80]], None, {"forgetting": 7.5}),
         # Concept-1K, memorised and generalisation questions; the upper triangle is never needed.
-        ([[100, None, None], [40, 100, None], [10, 50, 100]], None, {"avg": 74.4444, "forgetting": 70, "last": 53.3333}),
+        (
+            [[100, None, None], [40, 100, None], [10, 50, 100]],
+            None,
+            {"avg": 74.4444, "forgetting": 70, "last": 53.3333},
+        ),
         ([[30, None, None], [20, 26, None], [10, 14, 24]], None, {"avg": 23, "forgetting": 16, "last": 16}),
     ],
 )
@@ -70,7 +82,9 @@ def test_base_row_missing_or_with_a_hole():
 
 def test_one_task_has_no_forgetting_not_zero():
     found = compute(matrix([[50]], [10]))
-    assert {name: found.values[name] for name in ("bwt", "forgetting", "fwt")} == dict.fromkeys(("bwt", "forgetting", "fwt"))
+    assert {name: found.values[name] for name in ("bwt", "forgetting", "fwt")} == dict.fromkeys(
+        ("bwt", "forgetting", "fwt")
+    )
     assert set(found.reasons.values()) == {"undefined for T = 1"}
     assert found.values["avg_acc"] == found.values["avg"] == found.values["new_acc"] == 50
     assert not found.has_holes
@@ -106,15 +120,27 @@ def test_forgetting_is_not_clamped():
     assert compute(matrix([[50, 0], [70, 80]])).values["forgetting"] == -20
 
 
-@pytest.mark.parametrize(
-    ("diagonal", "final", "last", "bwt"),
-    [
-        ([0.5, 0.735, 0.523, 0.58, 0.764, 0.383, 0.582, 0.408], [0.454, 0.609, 0.457, 0.512, 0.637, 0.272, 0.548, 0.408], 0.4871, -0.0826),
-        ([0.62, 0.681, 0.442, 0.626, 0.77, 0.358, 0.64, 0.415], [0.579, 0.335, 0.364, 0.58, 0.44, 0.284, 0.475, 0.415], 0.434, -0.1543),
-    ],
-)  # fmt: skip
+TRACE = [
+    # Table 8, 7B
+    (
+        [0.5, 0.735, 0.523, 0.58, 0.764, 0.383, 0.582, 0.408],
+        [0.454, 0.609, 0.457, 0.512, 0.637, 0.272, 0.548, 0.408],
+        0.4871,
+        -0.0826,
+    ),
+    # Table 7, Baichuan
+    (
+        [0.62, 0.681, 0.442, 0.626, 0.77, 0.358, 0.64, 0.415],
+        [0.579, 0.335, 0.364, 0.58, 0.44, 0.284, 0.475, 0.415],
+        0.434,
+        -0.1543,
+    ),
+]
+
+
+@pytest.mark.parametrize(("diagonal", "final", "last", "bwt"), TRACE)
 def test_trace_tables(diagonal, final, last, bwt):
-    """TRACE, Table 8 (7B) and Table 7 (Baichuan): the mean runs over T - 1 tasks."""
+    """The published means of TRACE run over T - 1 tasks."""
     size = len(diagonal)
     rows = [[diagonal[i] if i == t else None for i in range(size)] for t in range(size - 1)]
     values = compute(matrix([*rows, final])).values
@@ -123,8 +149,9 @@ def test_trace_tables(diagonal, final, last, bwt):
 
 
 def test_phi_dpo_row():
-    """phi-DPO, LoRA, T = 5: MFT 64.98 and MFN 53.00 give BWT -14.975 = (MFN - MFT) * 5 / 4 when the last cells agree."""
-    values = compute(matrix([[64.98 if i == t else None for i in range(5)] for t in range(4)] + [[50.005] * 4 + [64.98]])).values
+    """phi-DPO, LoRA, T = 5: MFT 64.98 and MFN 53.00 give BWT -14.975 = (MFN - MFT) * 5 / 4 as the last cells agree."""
+    rows = [[64.98 if i == t else None for i in range(5)] for t in range(4)]
+    values = compute(matrix([*rows, [50.005] * 4 + [64.98]])).values
     assert math.isclose(values["new_acc"], 64.98, abs_tol=1e-9)
     assert math.isclose(values["last"], 53.0, abs_tol=1e-9)
     assert math.isclose(values["bwt"], -14.975, abs_tol=1e-9)

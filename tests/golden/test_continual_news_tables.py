@@ -25,8 +25,8 @@ ROWS = {
     "Qwen2.5 GEM": ([74.1, 67.7, 82.03, 100], 80.96, 25.39, 100),
     "Qwen2.5 CIA": ([66.92, 62.88, 74.62, 100], 76.11, 31.86, 100),
 }
-# Its published Forgetting is 0.14 above what the mean of its diagonal gives. The definition allows that: a task can have
-# been better at a later stage than at its own, and then the maximum over j exceeds the diagonal.
+# Its published Forgetting is 0.14 above what the mean of its diagonal gives. The definition allows that: a task can
+# have been better at a later stage than at its own, and then the maximum over j exceeds the diagonal.
 ABOVE_THE_DIAGONAL = {"InternLM2.5 LWF": 0.14}
 
 

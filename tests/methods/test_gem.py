@@ -293,13 +293,14 @@ def test_without_refresh_steps_nothing_is_checkpointed():
 
 
 def test_what_is_logged():
-    method, ctx = begun({"a": [(-0.5, 1.0)], "b": [(1.0, 0.0)]}, margin=0.0)
+    method, ctx = begun({"a": [(-0.5, 1.0)], "b": [(1.0, 0.0)], "c": [(0.0, 1.0)]}, margin=0.0)
+    ctx.model.theta.data += torch.tensor([0.3, -0.2])  # changes the length of a one-row memory's gradient only
     method.gradients(ctx, gradients((1.0, 0.0)))
     assert ctx.logged["gem_violated"] == 1
     assert ctx.logged["gem_min_cos"] == pytest.approx(-0.5 / 1.25**0.5)
-    ctx.model.theta.data -= torch.tensor([0.0, 2.0])  # the update that the optimizer really made
+    ctx.model.theta.data -= torch.tensor([-3.0, 4.0])  # the update that the optimizer really made
     method.after_step(ctx)
-    assert ctx.logged["gem_update_min_cos"] == pytest.approx(0.0, abs=1e-6)  # with b; with a it is positive
+    assert ctx.logged["gem_update_min_cos"] == pytest.approx(-0.6)  # with b; with a and c it is positive
     ctx.logged.clear()
     ctx.is_logging_step = False
     method.gradients(ctx, gradients((1.0, 0.0)))
@@ -387,7 +388,7 @@ def test_the_memory_grows_by_a_random_sample_of_each_task(world_size):
     lines = first.rows["store"]
     assert len(lines) == 6
     assert all(line["row"]["messages"][-1]["content"] for line in lines)  # rows without an answer are not eligible
-    assert [line["row"] for line in lines] != rows[:6]
+    assert [line["row"] for line in lines] != [row for row in rows if row["messages"][-1]["content"]][:6]
     assert first.rows == work(TokenContext(task="a")).rows
 
     def second(rank, size):

@@ -73,14 +73,17 @@ def installed(python: str) -> dict[str, str]:
     return found
 
 
-def command(deployment: Deployment, options: ServerOptions, host: str, port: int) -> Command:
+def command(
+    deployment: Deployment, options: ServerOptions, host: str, port: int, base_name: str | None = None
+) -> Command:
     """The command line of a server, after checking that the environment and the backend can serve the deployment."""
     backend = importlib.import_module(f"{__name__}.{check_name(options.backend)}")
     packages = installed(options.python)
     if "ms-swift" not in packages:
         raise UserError(f"{options.python} has no ms-swift; install it there: {options.python} -m pip install ms-swift")
     backend.check(deployment, packages, options)
-    argv = [options.python, str(WORKER), "--model", deployment.model, "--served_model_name", deployment.base_name]
+    argv = [options.python, str(WORKER), "--model", deployment.model, "--served_model_name"]
+    argv.append(base_name or deployment.base_name)
     for key, value in deployment.model_args.items():
         argv += [f"--{key}", value]
     if deployment.adapters:

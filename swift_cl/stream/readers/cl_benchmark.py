@@ -18,12 +18,20 @@ def read(path: Path, limit: int | None = None) -> list[Row]:
     group = path.parent.parent.name
     config_file = path.parent.parent.parent / "instruction_config.json"
     config = read_json(config_file)
-    if group not in config:
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise UserError(f"{path.parent / 'labels.json'}: expected a list of labels")
+    if not isinstance(config, dict) or group not in config:
         raise UserError(f"{config_file}: no instruction for the group {group!r}, found: {', '.join(config)}")
-    instruction = config[group][0]["instruction"]
+    try:
+        instruction = str(config[group][0]["instruction"])
+    except (LookupError, TypeError):
+        raise UserError(f"{config_file}: {group!r} is not a list of objects with an 'instruction'") from None
     options = ", ".join(labels)
     rows = []
-    for number, raw in enumerate(read_json(path)[:limit]):
+    samples = read_json(path)
+    if not isinstance(samples, list):
+        raise UserError(f"{path}: expected a JSON array, found {type(samples).__name__}")
+    for number, raw in enumerate(samples[:limit]):
         where = f"{path}, row {number}"
         if not isinstance(raw, dict) or not isinstance(raw.get("sentence"), str):
             raise UserError(f"{where}: expected an object with a text 'sentence'")

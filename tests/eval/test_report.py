@@ -1,0 +1,116 @@
+"""Reports show the numbers of results.json, `-` where there is none, and the direction of the scorer."""
+
+import json
+
+import pytest
+
+from swift_cl.cli.main import main
+from swift_cl.evaluation.metrics import Matrix, compute
+from swift_cl.report.files import write_reports
+from swift_cl.report.text import render_text
+
+
+def results(method="seq", hole=False, higher=True, name="run"):
+    rows = ((80.0, 30.0), (None if hole else 60.0, 90.0))
+    matrix = Matrix(("2022", "2023"), rows, (10.0, 20.0))
+    return {
+        "schema": 1, "benchmark": "news", "order": ["2022", "2023"], "method": method, "model": "m", "backend": "pt",
+        "seed": 42, "name": name,
+        "scorers": {
+            "similarity": {
+                "higher_is_better": higher,
+                "base": [10.0, 20.0],
+                "matrix": [list(row) for row in rows],
+                "n": [[4, 4], [4, 4]],
+                "metrics": compute(matrix, higher).as_json(),
+            }
+        },
+        "problems": ["stage_2_2023 x 2022: 1 of 4 answers missing (1 x HTTP 500)"] if hole else [],
+    }  # fmt: skip
+
+
+def save(folder, value):
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_text_has_every_row_and_the_metrics_side_by_side():
+    text = render_text([results("seq"), results("replay")])
+    lines = [line.split() for line in text.splitlines()]
+    for method in ("seq", "replay"):
+        assert [method, "base", "10.00", "20.00"] in lines
+        assert [method, "after", "2022", "80.00", "30.00"] in lines
+        assert [method, "after", "2023", "60.00", "90.00"] in lines
+        assert [method, "75.00", "20.00", "85.00", "-20.00", "10.00", "77.50"] in lines
+    assert "Avg.ACC" in text
+    assert "higher is better" in text
+
+
+def test_null_is_a_dash_with_a_note():
+    text = render_text([results(hole=True)])
+    lines = [line.split() for line in text.splitlines()]
+    assert ["seq", "after", "2023", "-", "90.00"] in lines
+    assert "-: not measured, never counted as 0" in text
+    assert "1 of 4 answers missing" in text
+    assert ["seq", "-", "-", "85.00", "-", "10.00", "-"] in lines
+
+
+def test_direction_is_respected():
+    text = render_text([results(higher=False)])
+    assert "lower is better" in text
+    assert "higher is better" not in text
+
+
+def test_files_of_one_run(tmp_path):
+    run = save(tmp_path / "run", results())
+    _, folder = write_reports([run])
+    assert folder == run
+    markdown = (run / "report.md").read_text()
+    assert "| seq | after 2023 | 60.00 | 90.00 |" in markdown
+    assert "(max_{i<=j<T} R[j,i] - R[T,i])" in markdown
+    html = (run / "report.html").read_text()
+    assert "<td>77.50</td>" in html
+    assert "data:image/png;base64," in html
+    assert (run / "matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_of_a_comparison(tmp_path):
+    runs = [save(tmp_path / "a", results("seq")), save(tmp_path / "b", results("replay", hole=True))]
+    _, folder = write_reports(runs)
+    assert folder == tmp_path.resolve()
+    assert [entry["method"] for entry in json.loads((folder / "results.json").read_text())["runs"]] == ["seq", "replay"]
+    assert "| replay | after 2023 | - | 90.00 |" in (folder / "report.md").read_text()
+    assert (folder / "matrix.png").is_file()
+    _, folder = write_reports(runs, tmp_path / "out")
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "matrix.png", "results.json"}
+
+
+def test_names_tell_runs_of_one_method_apart():
+    text = render_text([results("seq", name="one"), results("seq", name="two")])
+    assert "seq (one)" in text
+    assert "seq (two)" in text
+
+
+def test_html_is_escaped(tmp_path):
+    run = save(tmp_path / "run", results("<script>"))
+    write_reports([run])
+    assert "<script>" not in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("content", "says"), [("{}", "not a results.json of schema 1"), ("x", "not valid JSON")])
+def test_bad_results_file(tmp_path, capsys, content, says):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit) as done:
+        main(["report", str(tmp_path)])
+    assert done.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_report_command(tmp_path, capsys):
+    whole, broken = save(tmp_path / "a", results()), save(tmp_path / "b", results(hole=True))
+    for folder, code in ((whole, 0), (broken, 1)):
+        with pytest.raises(SystemExit) as done:
+            main(["report", str(folder)])
+        assert done.value.code == code
+        assert "report.html" in capsys.readouterr().out

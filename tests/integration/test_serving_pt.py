@@ -1,0 +1,160 @@
+"""The real server with the transformers backend: base and four adapters at once, batched, each its own answers."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from swift_cl.evaluation.client import Endpoint, Generation
+from swift_cl.evaluation.grid import EvalOptions, evaluate
+from swift_cl.evaluation.plan import GridOptions, load_grid
+from swift_cl.serving.backends import ServerOptions, command
+from swift_cl.serving.server import Server
+from tests.integration.serving_run import MODEL_ARGS, ROOT, make_run
+
+pytestmark = pytest.mark.slow
+SETTINGS = Generation(max_tokens=12)
+QUESTIONS = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_base):
+    return make_run(tmp_path_factory.mktemp("serving") / "run", tiny_base)
+
+
+def dialogues(run):
+    """(served name, messages) of a few questions for the base and every stage."""
+    grid = load_grid(run, GridOptions(test_limit=QUESTIONS))
+    rows = [row for rows in grid.rows for row in rows][::QUESTIONS][:QUESTIONS]
+    return [
+        (target.served, [{"role": "system", "content": "Answer."}, {"role": "user", "content": row.turns[0][0]}])
+        for target, row in itertools.product(grid.targets, rows)
+    ]
+
+
+def expected(run):
+    """What each model says by itself: one adapter loaded, one question at a time, no server."""
+    import torch
+    from swift.infer_engine import InferRequest, RequestConfig, TransformersEngine
+    from swift.model import get_model_processor
+    from swift.template import get_template
+
+    grid = load_grid(run, GridOptions())
+    config = RequestConfig(max_tokens=SETTINGS.max_tokens, temperature=0.0)
+    said = {}
+    for target in grid.targets:
+        adapters = [] if target.stage is None else [str(target.stage.weights_dir)]
+        model, processor = get_model_processor(
+            grid.run.model, model_type=MODEL_ARGS["model_type"], torch_dtype=torch.float32
+        )
+        template = get_template(processor, template_type=MODEL_ARGS["template"])
+        engine = TransformersEngine(model, template=template, adapters=adapters)
+        for name, messages in dialogues(run):
+            if name == target.served:
+                reply = engine.infer([InferRequest(messages=messages)], config, use_tqdm=False)[0]
+                said[name, messages[1]["content"]] = reply.choices[0].message.content
+    return said
+
+
+def test_five_models_on_one_server_in_mixed_batches(run, tmp_path):
+    grid = load_grid(run, GridOptions())
+    asked = dialogues(run)
+    mixed = [asked[i] for i in sorted(range(len(asked)), key=lambda i: i % QUESTIONS)]  # neighbours differ in adapter
+    found, names = {}, {}
+    with (
+        Server(
+            lambda host, port: command(grid.base.deployment, ServerOptions("pt"), host, port),
+            grid.base.deployment.names,
+            tmp_path / "server.log",
+        ) as server,
+    ):
+        endpoint = Endpoint(server.base_url, check_alive=server.check_alive)
+        assert endpoint.models() == [target.served for target in grid.targets]
+
+        def ask(name, messages):
+            reply = endpoint.ask(name, messages, SETTINGS)
+            found[name, messages[1]["content"]] = reply.text
+            names[name] = reply.model
+
+        threads = [threading.Thread(target=ask, args=item) for item in mixed]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        group = server._process.pid
+        endpoint.close()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)
+    assert found == expected(run)
+    assert len({tuple(text for (name, _), text in found.items() if name == n) for n in names}) == len(names)
+    assert all(names[name] == name for name in names)  # the response says which adapter answered
+
+
+def test_evaluate_the_whole_grid(run):
+    lines = []
+    found = evaluate(
+        [run], EvalOptions(GridOptions(test_limit=2), scorers=("exact_match",), max_tokens=4), notify=lines.append
+    )
+    entry = found.results[0]["scorers"]["exact_match"]
+    assert found.complete
+    assert len(entry["matrix"]) == 4
+    assert all(cell is not None for row in (entry["base"], *entry["matrix"]) for cell in row)
+    assert sum("the server is ready" in line for line in lines) == 1
+    files = [run / "answers" / target.row / "2022.jsonl" for target in load_grid(run, GridOptions()).targets]
+    said = {tuple(json.loads(line)["answer"] for line in file.read_text().splitlines()) for file in files}
+    assert len(said) > 1
+
+
+def test_sigterm_to_the_command_leaves_nothing(run):
+    """The evaluation is told to end in the middle of its questions."""
+    log = run / "logs" / "server.log"
+    log.unlink(missing_ok=True)
+    argv = [
+        sys.executable,
+        "-m",
+        "swift_cl.cli.main",
+        "eval",
+        str(run),
+        "--scorer",
+        "exact_match",
+        "--max_tokens",
+        "50",
+    ]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    limit = time.monotonic() + 240
+    while time.monotonic() < limit and not (log.is_file() and "chat/completions" in log.read_text()):
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert str(run) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_adapter_that_does_not_fit_ends_the_server_at_start(run, tmp_path):
+    """What the checks before the start cannot know is seen at the start, not at a request."""
+    from dataclasses import replace
+
+    from swift_cl.errors import RunFailure
+
+    deployment = load_grid(run, GridOptions()).base.deployment
+    broken = tmp_path / "adapter"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((deployment.adapters[0].path / "adapter_config.json").read_bytes())
+    (broken / "adapter_model.safetensors").write_bytes(b"cut off")
+    deployment = replace(deployment, adapters=(replace(deployment.adapters[0], path=broken),))
+    with (
+        pytest.raises(RunFailure, match=r"ended at start with exit code 1[\s\S]*serve_adapters.py[\s\S]*Error"),
+        Server(
+            lambda host, port: command(deployment, ServerOptions("pt"), host, port),
+            deployment.names,
+            Path(tmp_path / "server.log"),
+        ),
+    ):
+        pass

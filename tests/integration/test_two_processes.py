@@ -1,0 +1,106 @@
+"""Two processes (DDP, gloo) compute what one process computes, for every registered method."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from swift_cl.io import load_method_state
+from swift_cl.methods.registry import methods
+from tests.support.train import FLAGS, METHOD_FLAGS, MODEL, adapter, contradicting_rows
+
+pytestmark = pytest.mark.slow
+METHODS = sorted(methods())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_chain(folder: Path, processes: int, batch: int) -> None:
+    """Train every method over two contradicting tasks, through the command line, as a user would."""
+    one, two = folder.parent / "one.json", folder.parent / "two.json"
+    benchmark = {
+        "name": "contradiction",
+        "tasks": [
+            {"name": "first", "train": str(one), "test": str(one)},
+            {"name": "second", "train": str(two), "test": str(two)},
+        ],
+    }
+    folder.mkdir()
+    (folder / "benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
+    train: dict[str, Any] = {
+        **FLAGS,
+        "per_device_train_batch_size": batch,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "lora_dropout": 0.0,
+        "max_steps": 4,
+        "save_steps": 100,
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+    }
+    for key in ("add_version",):
+        del train[key]
+    config = {
+        "benchmark": "benchmark.yaml",
+        "model": str(MODEL),
+        "output_dir": "runs",
+        "method": METHODS,
+        "train": train,
+        "method_settings": METHOD_FLAGS,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("NPROC_PER_NODE", None)
+    if processes > 1:
+        environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "swift_cl.cli.main", "run", str(folder / "run.yaml"), "--mode", "train_only"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    contradicting_rows(folder)
+    run_chain(folder / "one", processes=1, batch=4)
+    run_chain(folder / "two", processes=2, batch=2)
+    return folder / "one" / "runs", folder / "two" / "runs"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_equal_one(runs: tuple[Path, Path], method: str) -> None:
+    for stage in ("stage_1_first", "stage_2_second"):
+        one, two = adapter(runs[0] / method / stage), adapter(runs[1] / method / stage)
+        assert one.keys() == two.keys()
+        for name in one:
+            difference = (one[name] - two[name]).abs().max().item()
+            assert difference <= 1e-4, f"{stage} {name}: {difference}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_of_two_processes_equals_one(runs: tuple[Path, Path], method: str) -> None:
+    """Rows drawn and stored are the same; statistics agree to rounding."""
+    folders = [run / method / "stage_1_first" / "cl_state" for run in runs]
+    if not (folders[0] / f"{method}.json").is_file():
+        pytest.skip(f"{method} keeps no state")
+    one, two = (load_method_state(folder, method) for folder in folders)
+    assert one.rows == two.rows
+    for name, tensor in one.tensors.items():
+        assert (tensor - two.tensors[name]).abs().max().item() <= 1e-3 * max(1.0, tensor.abs().max().item()), name
+
+
+def test_replay_draws_the_same_rows(runs: tuple[Path, Path]) -> None:
+    files = [run / "replay" / "stage_2_second" / "cl_data" / "train.jsonl" for run in runs]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    records = [run / "replay" / "stage_2_second" / "cl_state" / "replay.manifest.json" for run in runs]
+    existing = [path for path in records if path.is_file()]
+    if existing:
+        assert records[0].read_bytes() == records[1].read_bytes()

@@ -1,0 +1,160 @@
+"""The shared matrix: every registered method, trained for real on two tasks, against the promises of the design.
+
+A new method is tested by being registered.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from swift_cl.errors import UserError
+from swift_cl.io import load_method_state, sha256_tensors
+from swift_cl.methods.registry import methods
+from swift_cl.stages import load_stage
+from tests.support.train import TASKS, adapter, contradicting_rows, train_stage
+
+pytestmark = pytest.mark.slow
+METHODS = sorted(methods())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+def two_stages(work: Path, method: str, label: str = "reference", **changes: object) -> tuple[Path, Path]:
+    """Folders of the method's two stages, trained once a session and label."""
+    first, second = work / label / method / "1", work / label / method / "2"
+    if not (second / "stage.json").is_file():
+        train_stage(method, TASKS[0], first, **changes)
+        train_stage(method, TASKS[1], second, first, **changes)
+    return first, second
+
+
+def assert_same_tensors(one: Path, two: Path, tolerance: float = 0.0) -> None:
+    a, b = adapter(one), adapter(two)
+    assert a.keys() == b.keys()
+    for name in a:
+        difference = (a[name].float() - b[name].float()).abs().max().item()
+        assert difference <= tolerance, f"{name}: {difference}"
+
+
+def assert_same_state(method: str, one: Path, two: Path) -> None:
+    if (one / "cl_state" / f"{method}.json").is_file():
+        a, b = load_method_state(one / "cl_state", method), load_method_state(two / "cl_state", method)
+        assert a.rows == b.rows
+        assert a.tensors.keys() == b.tensors.keys()
+        for name in a.tensors:
+            assert torch.equal(a.tensors[name], b.tensors[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_tasks_chain(work: Path, method: str) -> None:
+    first, second = two_stages(work, method)
+    one, two = load_stage(first), load_stage(second)
+    assert two.started_from == {"dir": "../1", "weights_sha256": one.weights_sha256}
+    assert one.started_from is None
+    assert (one.task, two.task, two.index, two.method) == (*TASKS, 1, method)
+    before, after = adapter(first), adapter(second)
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before), "the second task changed nothing"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_first_task_equals_seq(work: Path, method: str) -> None:
+    """Without an earlier task every method is plain LoRA, bit for bit."""
+    assert_same_tensors(two_stages(work, method)[0], two_stages(work, "seq")[0])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "seq"])
+def test_second_task_differs_from_seq(tmp_path: Path, method: str) -> None:
+    """A method that changes nothing on the second task would be a name without an effect.
+
+    The second task contradicts the first: gem acts only where a constraint is violated.
+    """
+    one, two = contradicting_rows(tmp_path)
+    settings = {"max_steps": 10, "learning_rate": 1e-2, "save_steps": 100}
+    first, ours, plain = tmp_path / "1", tmp_path / "2", tmp_path / "seq"
+    train_stage(method, TASKS[0], first, dataset=str(one), **settings)
+    train_stage(method, TASKS[1], ours, first, dataset=str(two), **settings)
+    train_stage("seq", TASKS[1], plain, first, dataset=str(two), **settings)
+    assert any(not torch.equal(adapter(ours)[name], tensor) for name, tensor in adapter(plain).items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stopped", ["in the middle", "after the last step"])
+def test_resumed_equals_uninterrupted(work: Path, tmp_path: Path, method: str, stopped: str) -> None:
+    first, second = two_stages(work, method)
+    copy = tmp_path / "2"
+    shutil.copytree(second, copy, symlinks=True)
+    for name in ("stage.json", "adapter", "cl_state", "last-checkpoint"):
+        path = copy / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if stopped == "in the middle":
+        shutil.rmtree(copy / "checkpoint-4")
+    resumed = train_stage(method, TASKS[1], copy, first)
+    assert resumed.trainer.state.global_step == 4
+    assert_same_tensors(copy, second)
+    assert_same_state(method, copy, second)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_changes_nothing(work: Path, method: str) -> None:
+    """Batch 4 x accumulation 1 equals batch 1 x accumulation 4 (SGD: no division that magnifies rounding)."""
+    plain = {"optim": "sgd", "learning_rate": 0.5, "lora_dropout": 0.0, "save_steps": 100}
+    _, whole = two_stages(work, method, "whole", **plain)
+    _, split = two_stages(work, method, "split", per_device_train_batch_size=1, gradient_accumulation_steps=4, **plain)
+    assert_same_tensors(whole, split, tolerance=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_weights_stay_bit_identical(tmp_path: Path, work: Path, method: str) -> None:
+    first, _ = two_stages(work, method)
+    sft = train_stage(method, TASKS[1], tmp_path / "2", first, max_steps=1)
+    from safetensors.torch import load_file
+
+    from tests.support.train import MODEL
+
+    base = {name: t.float() for name, t in load_file(MODEL / "model.safetensors").items()}
+    live = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): p.detach().clone()
+        for name, p in sft.trainer.model.named_parameters()
+        if "lora_" not in name
+    }
+    shared = base.keys() & live.keys()
+    assert len(shared) > 20
+    assert sha256_tensors({n: base[n] for n in shared}) == sha256_tensors({n: live[n] for n in shared})
+    trained = [name for name, p in sft.trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".default." in name for name in trained), "an extra adapter became trainable"
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "full" in methods()[m].support.tuners])
+def test_full_fine_tuning(work: Path, method: str) -> None:
+    first, second = two_stages(work, method, "full", tuner_type="full", learning_rate=1e-4, max_steps=2, save_steps=2)
+    before, after = adapter(first), adapter(second)
+    assert load_stage(second).started_from is not None
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if "full" not in methods()[m].support.tuners])
+def test_unsupported_tuner_is_refused(tmp_path: Path, method: str) -> None:
+    with pytest.raises(UserError, match=f"--tuner_type full does not work with method '{method}'"):
+        train_stage(method, TASKS[0], tmp_path / "1", tuner_type="full")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_mixed_precision(work: Path, method: str, checkpointing: bool) -> None:
+    """bf16 autocast, with and without gradient checkpointing: finite, and the adapter moves."""
+    first, second = two_stages(
+        work, method, f"bf16-{checkpointing}", torch_dtype="bfloat16", bf16=True, max_steps=2,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    after = adapter(second)
+    assert all(bool(torch.isfinite(t).all()) for t in after.values())
+    before = adapter(first)
+    assert any(not torch.equal(before[name], after[name]) for name in after)

@@ -1,0 +1,97 @@
+"""Small real trainings through our own SwiftSft, in this process, with the tiny model that ships with the project."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import ROOT
+
+MODEL = ROOT / "assets" / "tiny_base"
+NEWS = ROOT / "datasets" / "continual_news_mini"
+TASKS = ("2022", "2023")
+
+FLAGS: dict[str, Any] = {
+    "model_type": "qwen2",
+    "template": "qwen2_5",
+    "torch_dtype": "float32",
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 2e-3,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "lora_rank": 4,
+    "lora_dropout": 0.05,
+    "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
+    "check_model": False,
+    "report_to": "none",
+    "add_version": False,
+    "save_total_limit": 10,
+    "use_cpu": True,
+}
+# Settings that make a method act within a few steps on a few rows.
+METHOD_FLAGS: dict[str, dict[str, Any]] = {
+    "ewc": {"ewc_fisher_samples": 8},
+    "replay": {"replay_ratio": 0.5},
+    "gem": {"gem_mem_batch": 4},
+}
+
+
+def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
+    """Flags of one small stage; `changes` win, None leaves a flag out."""
+    from swift_cl.workflow.plan import flags
+
+    values = {
+        "model": str(MODEL),
+        "dataset": str(NEWS / f"{task}-train.json"),
+        "output_dir": str(output_dir),
+        "system": f"News of {task}.",
+        "cl_method": method,
+        "cl_task": task,
+        "cl_resume": True,
+        "cl_previous": str(previous) if previous else None,
+        **FLAGS,
+        **METHOD_FLAGS.get(method, {}),
+        **changes,
+    }
+    if values.get("tuner_type") == "full":
+        values["lora_rank"] = values["lora_dropout"] = None
+    return flags(values)
+
+
+def train_stage(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> Any:
+    """Train one stage here; returns the finished `CLSft`."""
+    os.environ.setdefault("LOG_LEVEL", "ERROR")
+    from swift_cl.training.sft import CLSft
+
+    sft = CLSft(stage_argv(method, task, output_dir, previous, **changes))
+    sft.main()
+    return sft
+
+
+def adapter(stage_dir: Path) -> dict[str, Any]:
+    """The tensors of a finished stage."""
+    from safetensors.torch import load_file
+
+    from swift_cl.stages import load_stage
+
+    folder = load_stage(stage_dir).weights_dir
+    tensors: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def contradicting_rows(folder: Path) -> tuple[Path, Path]:
+    """Two data files with the same questions and different answers: learning the second must unlearn the first."""
+    import json
+
+    rows = json.loads((NEWS / f"{TASKS[0]}-train.json").read_text(encoding="utf-8"))[:8]
+    one, two = folder / "one.json", folder / "two.json"
+    one.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    answers = [row["messages"][1]["content"] for row in rows]
+    for row, answer in zip(rows, answers[1:] + answers[:1], strict=True):
+        row["messages"] = [row["messages"][0], {"role": "assistant", "content": answer}]
+    two.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return one, two
