@@ -21,8 +21,9 @@ def add_parser(subparsers: Any) -> None:
         "eval",
         help="serve once, fill the stage x task grid, score it",
         description="Ask the base model and every stage all test questions of all tasks, with one server that holds "
-        "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers are "
-        "stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 on a null cell.",
+        "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers "
+        "are stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 when a cell "
+        "is null.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder; several share one server")
     add_question_flags(parser)
@@ -38,6 +39,7 @@ def add_question_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--benchmark", metavar="FILE", help="benchmark file; default: the run's own")
     group.add_argument("--data_dir", metavar="DIR", help="folder of the data files; default: the run's or benchmark's")
     group.add_argument("--order", metavar="NAME", help="order of the benchmark; default: the run's own")
+    group.add_argument("--model", metavar="DIR", help="where the base model is now; default: where it was in training")
     group.add_argument("--test_limit", metavar="N", type=_positive, help="only the first N test rows of a task")
 
 
@@ -143,7 +145,7 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
         raise UserError("--base_url names a server that runs already; --port and --server_python start one: choose")
     concurrency = given.get("concurrency", 16)
     return EvalOptions(
-        grid=GridOptions(_path(args.benchmark), _path(args.data_dir), args.order, args.test_limit),
+        grid=GridOptions(_path(args.benchmark), _path(args.data_dir), args.order, args.test_limit, args.model),
         backend=backend,
         base_url=given.get("base_url"),
         served_names=names,

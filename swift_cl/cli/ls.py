@@ -67,13 +67,17 @@ def _benchmarks() -> list[dict[str, Any]]:
 
 
 def _scorers() -> list[dict[str, Any]]:
-    from swift_cl.evaluation.scorers import scorers
+    from swift_cl.evaluation.scorers import module, names
 
     return [
-        {"name": name, "direction": "higher is better" if scorer.higher_is_better else "lower is better",
-         "range": list(scorer.range), "title": (scorer.__doc__ or "").strip().splitlines()[0]}
-        for name, scorer in scorers().items()
-    ]  # fmt: skip
+        {
+            "name": name,
+            "direction": "higher is better" if scorer.HIGHER_IS_BETTER else "lower is better",
+            "range": list(scorer.RANGE),
+            "title": (scorer.__doc__ or name).strip().splitlines()[0],
+        }
+        for name, scorer in ((name, module(name)) for name in names())
+    ]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ def _dispatch(argv: list[str]) -> int:
             print(f"usage: swift-cl {command} [flags of `swift {command}`]\n")
             print(f"ms-swift's own command, with our plug-ins loaded; `swift-cl {command} --help-all` lists its flags.")
             return 0
-        from swift_cl.cli.launch import launch
+        from swift_cl.workflow.launch import launch
 
         return launch(command, ["--help" if argument == "--help-all" else argument for argument in argv[1:]])
     parser = build_parser()

@@ -1,8 +1,8 @@
 """`swift-cl sft`: `swift sft` with a continual-learning method."""
 
-from swift_cl.cli.launch import launch
 from swift_cl.training.flags import check_method_flags, first, flag_values, help_text
 from swift_cl.training.preflight import check_data, check_model, finished_stage, load_previous, start_of_stage
+from swift_cl.workflow.launch import launch
 
 SUMMARY = "train one stage: every flag of `swift sft`, plus --cl_method and the flags of that method"
 

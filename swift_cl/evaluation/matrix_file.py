@@ -41,6 +41,8 @@ def read_matrices(path: Path) -> list[ScoredMatrix]:
 def _from_json(path: Path, value: Any) -> list[ScoredMatrix]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    if "runs" in value:
+        raise UserError(f"{path}: holds several runs; pass the results.json of one of them")
     order = value.get("order")
     if not isinstance(order, list) or not order or not all(isinstance(task, str) for task in order):
         raise UserError(f"{path}: 'order' must be a non-empty list of task names, found {order!r}")

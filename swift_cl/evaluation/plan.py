@@ -1,7 +1,7 @@
 """What is to be asked: for each run the rows (base and stages) and columns (tasks) of its grid, as plain data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from swift_cl.errors import UserError, did_you_mean
@@ -70,12 +70,14 @@ class GridOptions:
         data_dir: folder of the data files; default: the run's own, else the benchmark's.
         order: name of an order; default: the run's own.
         test_limit: only the first so many test rows of a task.
+        model: where the base model is now; default: where it was when the run was trained.
     """
 
     benchmark: Path | None = None
     data_dir: Path | None = None
     order: str | None = None
     test_limit: int | None = None
+    model: str | None = None
 
 
 def _within(run_dir: Path, value: str | None) -> Path | None:
@@ -90,6 +92,8 @@ def load_grid(run_dir: Path, options: GridOptions) -> Grid:
         UserError: run, benchmark or test data are missing or malformed, or the stages are not of this order.
     """
     run = load_run(run_dir)
+    if options.model is not None:
+        run = replace(run, model=options.model)
     path = options.benchmark or _within(run_dir, run.benchmark)
     if path is None:
         raise UserError(f"{run_dir}: the run names no benchmark file; pass --benchmark FILE")

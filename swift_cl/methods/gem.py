@@ -241,9 +241,11 @@ def memory_gradient(
             inputs = dict(ctx.collate([row.encoded for row in rows or batch[:1]]))
             labels = inputs.pop("labels")
             labels = labels if rows else torch.full_like(labels, -100)
-            logits = ctx.module_for_forward(**inputs).logits[:, :-1].float()
+            logits = ctx.module_for_forward(**inputs).logits.float()
+            # Shifting the labels, not the logits, spares a copy of the logits.
+            following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             summed = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+                logits.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum"
             )
             total += _flat(torch.autograd.grad(summed, parameters, allow_unused=True), sizes, like)
     return ctx.all_reduce_sum(total) / sum(row.tokens for row in batch)

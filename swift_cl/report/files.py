@@ -13,6 +13,7 @@ from swift_cl.report.tables import (
     facts,
     formula_lines,
     grid_tables,
+    legend_lines,
     load_results,
     problem_lines,
     summary_tables,
@@ -57,7 +58,7 @@ def write_report(folder: Path, results: Sequence[Results]) -> None:
         title=title,
         tables=tables,
         problems=problems,
-        formulas=formula_lines(),
+        formulas=[*legend_lines(), *formula_lines()],
         image=f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}",
     )
     write_text(folder / "report.html", html)
@@ -75,5 +76,5 @@ def _markdown(title: str, tables: Sequence[Table], problems: Sequence[str], imag
     if problems:
         parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in problems))
     parts.append(f"## Matrix\n\n![stage x task matrix]({image})")
-    parts.append("## Formulas\n\n" + "\n".join(f"- {line}" for line in formula_lines()))
+    parts.append("## Metrics\n\n" + "\n".join(f"- {line}" for line in (*legend_lines(), *formula_lines())))
     return "\n\n".join(parts) + "\n"

@@ -22,12 +22,12 @@ METRIC_NAMES = {
 }
 SUMMARY = ("avg_acc", "forgetting", "new_acc", "bwt", "fwt", "avg")
 NOTES = {
-    "avg_acc": "mean of the last row; {better} is better",
+    "avg_acc": "mean of the last row",
     "forgetting": "how far old tasks fell from their best; positive = worse",
-    "new_acc": "mean of the diagonal: each task right after it was learned; {better} is better",
+    "new_acc": "mean of the diagonal: each task right after it was learned",
     "bwt": "last row minus diagonal, old tasks; negative = forgetting",
     "fwt": "a task before it was learned minus the base model; positive = transfer",
-    "avg": "incremental average: mean over stages of the tasks seen so far; {better} is better",
+    "avg": "incremental average: mean over stages of the tasks seen so far",
 }
 
 
@@ -108,11 +108,15 @@ def summary_tables(results: Sequence[Results]) -> list[Table]:
             metrics = entry["scorers"].get(scorer, {}).get("metrics", {})
             rows.append([label, *(number(metrics.get(name)) for name in SUMMARY)])
             missing |= any(metrics.get(name) is None for name in SUMMARY)
-        notes = [f"{METRIC_NAMES[name]}: {NOTES[name].format(better=better)}" for name in SUMMARY]
-        if missing:
-            notes.append(f"{NOT_MEASURED}: undefined, or a cell that it needs was not measured")
-        tables.append(Table(f"{scorer}: metrics", ["method", *(METRIC_NAMES[n] for n in SUMMARY)], rows, tuple(notes)))
+        notes = (f"{NOT_MEASURED}: undefined, or a cell that it needs was not measured",) if missing else ()
+        header = ["method", *(METRIC_NAMES[name] for name in SUMMARY)]
+        tables.append(Table(f"metrics of {scorer}, {better} is better", header, rows, notes))
     return tables
+
+
+def legend_lines() -> list[str]:
+    """Each metric in words."""
+    return [f"{METRIC_NAMES[name]}: {NOTES[name]}" for name in SUMMARY]
 
 
 def problem_lines(results: Sequence[Results]) -> list[str]:
@@ -127,10 +131,11 @@ def problem_lines(results: Sequence[Results]) -> list[str]:
 def facts(results: Sequence[Results]) -> Table:
     """What was run."""
     keys = ("benchmark", "model", "backend", "seed")
-    rows = [
-        [label, *(str(entry.get(key)) for key in keys)] for label, entry in zip(labels(results), results, strict=True)
-    ]
-    return Table("runs", ["method", *keys], rows)
+    rows = []
+    for label, entry in zip(labels(results), results, strict=True):
+        cut = entry.get("answers", {}).get("cut_at_max_tokens")
+        rows.append([label, *(str(entry.get(key)) for key in keys), NOT_MEASURED if cut is None else str(cut)])
+    return Table("runs", ["method", *keys, "answers cut at max_tokens"], rows)
 
 
 def formula_lines() -> list[str]:

@@ -10,6 +10,7 @@ from swift_cl.report.tables import (
     Results,
     Table,
     grid_tables,
+    legend_lines,
     number,
     problem_lines,
     summary_tables,
@@ -51,6 +52,7 @@ def table_text(table: Table) -> str:
 def render_text(results: Sequence[Results]) -> str:
     """All runs in one text: the base row and the stage rows of every method, then the metrics side by side."""
     parts = [table_text(table) for table in (*grid_tables(results), *summary_tables(results))]
+    parts.append("\n".join(legend_lines()))
     problems = problem_lines(results)
     if problems:
         parts.append("\n".join(["not measured:", *(f"  {line}" for line in problems)]))

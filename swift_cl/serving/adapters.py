@@ -3,13 +3,14 @@
 import json
 import struct
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
-from swift_cl.io import read_json, sha256_json
+from swift_cl.io import read_json, sha256_file, sha256_json
 from swift_cl.stages import WEIGHTS, Stage
 
 LORA_KEYS = (("lora_A", 1), ("lora_B", 0))
@@ -83,20 +84,22 @@ def stage_adapter(stage: Stage) -> Adapter:
 
 def weights_id(model: str) -> str:
     """An id of a model's weights that survives moving the folder: a hub id as it is, else a hash of the folder's
-    configuration and of size, header and last MiB of its weight files (reading 15 GB in full would take minutes)."""
+    configuration and weight files (the shards side by side: seconds for 15 GB)."""
     folder = Path(model)
     if not folder.is_dir():
         return model
-    parts: list[Any] = []
-    for file in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            head = stream.read(1 << 20)
-            stream.seek(max(0, size - (1 << 20)))
-            parts.append([file.name, size, head.hex(), stream.read().hex()])
-    if not parts:
+    files = sorted([*folder.glob("config.json"), *folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files:
         raise UserError(f"{model}: no config.json and no weights in this folder, so it is not a model")
-    return sha256_json(parts)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda file: _digest(file, file.stat().st_size, file.stat().st_mtime_ns), files))
+    return sha256_json([[file.name, digest] for file, digest in zip(files, digests, strict=True)])
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Hash of a file, computed once for several runs on one base; size and time of change make a new one count."""
+    return sha256_file(file)
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
@@ -132,6 +135,8 @@ def check_deployment(deployment: Deployment) -> None:
         found = ", ".join(f"{kind} ({adapter.path})" for kind, adapter in types.items())
         raise UserError(f"one server holds adapters of one type, found {found}; evaluate these runs separately")
     folder = Path(deployment.model)
+    if not folder.is_dir() and (folder.is_absolute() or deployment.model.startswith(".")):
+        raise UserError(f"{folder}: the base model's folder was not found; pass --model with the place where it is now")
     shapes: dict[str, list[int]] = {}
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors")):

@@ -59,7 +59,7 @@ class Benchmark:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
     def order(self, name: str | None = None) -> list[Task]:
-        """The tasks of an order; without a name, of `default`, or of the only one there is."""
+        """The tasks of an order; without a name, of `default`, or else of the first one in the file."""
         if name is None:
             name = "default" if "default" in self.orders else next(iter(self.orders))
         if name not in self.orders:
@@ -152,7 +152,9 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
     orders = {name: tuple(order) for name, order in model.orders.items()} or {"default": tuple(tasks)}
     for name, order in orders.items():
         unknown = [task for task in order if task not in tasks]
-        if unknown or not order:
+        if not order:
+            raise UserError(f"{path}: order {name!r} names no task, allowed: {', '.join(tasks)}")
+        if unknown:
             raise UserError(f"{path}: order {name!r} names unknown tasks {unknown}, allowed: {', '.join(tasks)}")
         if len(set(order)) != len(order):
             raise UserError(f"{path}: order {name!r} names a task twice")

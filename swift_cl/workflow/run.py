@@ -58,7 +58,7 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
     """
     missing = [plan for plan in plans if not is_trained(plan)]
     if missing:
-        from swift_cl.cli.launch import launch
+        from swift_cl.workflow.launch import launch
 
         if not verbose:
             os.environ.setdefault("LOG_LEVEL", "ERROR")

@@ -141,6 +141,12 @@ def test_weights_id_follows_content_not_place(make_run, tmp_path):
     assert weights_id(str(moved)) == before
     save_file({"layer.weight": np.full((4, 6), 2, np.float32)}, moved / "model.safetensors")
     assert weights_id(str(moved)) != before
+    large = np.zeros((1 << 20, 2), np.float32)
+    save_file({"a": large}, moved / "model.safetensors")
+    before = weights_id(str(moved))
+    large[1 << 19] = 1  # one row in the middle of 8 MiB
+    save_file({"a": large}, moved / "model.safetensors")
+    assert weights_id(str(moved)) != before
     assert weights_id("Qwen/Qwen2.5-7B") == "Qwen/Qwen2.5-7B"
 
 

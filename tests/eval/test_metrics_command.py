@@ -103,6 +103,7 @@ def test_results_file_with_two_scorers(tmp_path, capsys):
         ("m.json", "{", "not valid JSON"),
         ("m.json", "[]", "expected a JSON object"),
         ("m.json", {"matrix": [[1]]}, "'order' must be"),
+        ("m.json", {"schema": 1, "runs": []}, "holds several runs"),
         ("m.json", {"order": ["a"]}, "'matrix' must be a list"),
         ("m.json", {**GOOD, "matrix": [[80, 30]]}, "1 rows for 2 tasks"),
         ("m.json", {**GOOD, "matrix": [[80, 30], [60]]}, "row 2 has 1 cells, expected 2"),

@@ -3,11 +3,13 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from swift_cl.evaluation.client import Endpoint, Generation
 from swift_cl.evaluation.grid import EvalOptions, evaluate
 from swift_cl.evaluation.plan import GridOptions, load_grid
 from swift_cl.serving.backends import ServerOptions, command
-from swift_cl.serving.server import Server
+from swift_cl.serving.server import Server, reserve_port
 from tests.integration.serving_run import MODEL_ARGS, ROOT, make_run
 
 pytestmark = pytest.mark.slow
@@ -139,8 +141,6 @@ def test_sigterm_to_the_command_leaves_nothing(run):
 
 def test_adapter_that_does_not_fit_ends_the_server_at_start(run, tmp_path):
     """What the checks before the start cannot know is seen at the start, not at a request."""
-    from dataclasses import replace
-
     from swift_cl.errors import RunFailure
 
     deployment = load_grid(run, GridOptions()).base.deployment
@@ -158,3 +158,59 @@ def test_adapter_that_does_not_fit_ends_the_server_at_start(run, tmp_path):
         ),
     ):
         pass
+
+
+def test_deploy_ask_and_score_with_the_scripts(run, tmp_path):
+    """sh evaluation/deploy.sh, test_ans.py, sim.py; Ctrl-C ends the server."""
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("answers", "logs", "results.json"))
+    port = str(reserve_port())
+    env = {**os.environ, "PYTHON": sys.executable, "RUN_DIR": str(copy), "PORT": port, "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen(
+        ["sh", "evaluation/deploy.sh"], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert server.stdout is not None
+    try:
+        assert server.stdout.readline().startswith(f"ready: http://127.0.0.1:{port}/v1 serves tiny_base, stage_1_2022-")
+
+        def script(name, *argv):
+            line = [sys.executable, f"evaluation/{name}", "--run_dir", str(copy), "--test_limit", "1", *argv]
+            return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+        asked = script("test_ans.py", "--base_url", f"http://127.0.0.1:{port}/v1", "--max_tokens", "4")
+        assert asked.returncode == 0, asked.stderr
+        scored = script("sim.py", "--scorer", "exact_match")
+        assert scored.returncode == 0, scored.stderr
+        assert "Forgetting" in scored.stdout
+    finally:
+        os.killpg(server.pid, signal.SIGINT)  # as the terminal does
+        code = server.wait(timeout=30)
+        server.stdout.close()
+    assert code == 130
+    assert str(copy) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_fully_fine_tuned_stages_are_served_one_after_the_other(tmp_path, tiny_base):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    run = make_run(tmp_path / "run", tiny_base)
+    grid = load_grid(run, GridOptions())
+    for index, target in enumerate(grid.stages):
+        assert target is not None
+        assert target.stage is not None
+        if index >= 2:
+            shutil.rmtree(target.stage.dir)
+            continue
+        model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+        with torch.no_grad():
+            model.model.layers[0].mlp.down_proj.weight.mul_(index + 2.0)
+        model.save_pretrained(target.stage.dir / "model")
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(tiny_base / name, target.stage.dir / "model")
+        replace(target.stage, weights="model", weights_sha256=None, tuner_type="full").save()
+    lines = []
+    options = EvalOptions(GridOptions(test_limit=1), scorers=("exact_match",), max_tokens=4)
+    found = evaluate([run], options, notify=lines.append)
+    matrix = found.results[0]["scorers"]["exact_match"]["matrix"]
+    assert [[cell is None for cell in row] for row in matrix] == [[False] * 4] * 2 + [[True] * 4] * 2
+    assert sum("the server is ready" in line for line in lines) == 3

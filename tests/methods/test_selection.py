@@ -93,7 +93,7 @@ def test_herding_breaks_ties_by_index():
 
 
 def test_herding_per_class_takes_turns():
-    points = np.array([[0.0], [1.0], [2.0], [9.0], [5.0], [7.0]])
+    points = np.array([[0.0], [1.0], [2.0], [9.0], [50.0], [70.0]])
     labels = ["b", "b", "b", "b", "a", "a"]
     assert class_herding_order(points, labels, 4) == [4, 2, 5, 1]
     assert class_herding_order(points, None, 3) == herding_order(points, 3)

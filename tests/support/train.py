@@ -95,3 +95,13 @@ def contradicting_rows(folder: Path) -> tuple[Path, Path]:
         row["messages"] = [row["messages"][0], {"role": "assistant", "content": answer}]
     two.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     return one, two
+
+
+def assert_equal_up_to_rounding(start: Path, one: Path, two: Path) -> None:
+    """Two trainings from `start` agree to 1 % of what they moved (a wrong factor would be off by 100 % and more)."""
+    a, b, origin = adapter(one), adapter(two), adapter(start)
+    assert a.keys() == b.keys()
+    moved = max((a[name] - origin[name]).abs().max().item() for name in a)
+    apart = max((a[name] - b[name]).abs().max().item() for name in a)
+    assert moved > 0
+    assert apart <= 0.01 * moved, f"moved by {moved}, but {apart} apart"

@@ -1,7 +1,7 @@
 """The file that runs inside the training or serving process (and in every torchrun child).
 
-ms-swift starts its commands as `python FILE flags` or `torchrun FILE flags`; this file takes their place, so plug-ins are
-loaded in each process, dataloader workers started by spawn included (they import this file again as `__mp_main__`).
+ms-swift starts its commands as `python FILE flags` or `torchrun FILE flags`; this file takes their place, so plug-ins
+are loaded in each process, dataloader workers started by spawn included (they import this file again as `__mp_main__`).
 Which command to run is in SWIFT_CL_COMMAND, because ms-swift's launcher passes on flags and environment only.
 """
 
@@ -48,6 +48,8 @@ def _run() -> None:
         runpy.run_module(ROUTE_MAPPING[command], run_name="__main__", alter_sys=True)
 
 
+# Python puts this file's folder first on the path, where its neighbours would hide packages of the same names.
+sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 register_tuners()
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from swift_cl.cli.worker import COMMAND, ERROR_FILE
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.workflow.worker import COMMAND, ERROR_FILE
 
 
 def launch(command: str, argv: list[str]) -> int:
@@ -29,7 +29,7 @@ def launch(command: str, argv: list[str]) -> int:
     try:
         os.environ[COMMAND], os.environ[ERROR_FILE] = command, error_file
         sys.argv = ["swift-cl", route, *argv]
-        cli_main(route_mapping={route: "swift_cl.cli.worker"})
+        cli_main(route_mapping={route: "swift_cl.workflow.worker"})
         return 0
     except SystemExit as stop:
         text = Path(error_file).read_text(encoding="utf-8")

@@ -1,0 +1,145 @@
+"""The arguments of `swift-cl sft`: ms-swift's and ours in one class, checked before a model is loaded."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from swift.arguments import SftArguments
+from swift.utils import parse_args
+
+from swift_cl.errors import UserError, did_you_mean
+from swift_cl.methods.base import Method, MethodConfig, flags_of
+from swift_cl.methods.registry import methods
+from swift_cl.stages import Stage
+from swift_cl.training.checkpoints import resumable_checkpoint
+from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
+from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
+from swift_cl.training.trainer import TRAINERS
+
+
+@dataclasses.dataclass
+class _CommonArguments(SftArguments):
+    cl_method: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_method"]})
+    cl_task: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_task"]})
+    cl_previous: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_previous"]})
+    resume_from_checkpoint: str | None = None
+    cl_resume: bool = dataclasses.field(default=False, metadata={"help": COMMON_FLAGS["cl_resume"]})
+
+    def __post_init__(self) -> None:
+        if self.cl_resume and self.resume_from_checkpoint is None and self.output_dir:
+            if self.add_version:
+                raise UserError("--cl_resume true needs --add_version false: a new folder has nothing to resume from")
+            found = resumable_checkpoint(Path(self.output_dir))
+            if found is not None:
+                self.resume_from_checkpoint = str(found)
+        super().__post_init__()
+
+
+def arguments_class() -> type[Any]:
+    """ms-swift's SftArguments plus our flags; one field a flag, made from the methods' config dataclasses."""
+    fields = []
+    for method in methods().values():
+        for flag, field in flags_of(method):
+            fields.append((flag, field.type, dataclasses.field(default=field.default, metadata=dict(field.metadata))))
+    return dataclasses.make_dataclass("CLSftArguments", fields, bases=(_CommonArguments,))
+
+
+def method_config(args: Any, method: type[Method]) -> MethodConfig:
+    """The method's config out of parsed arguments."""
+    return method.config_class(**{field.name: getattr(args, flag) for flag, field in flags_of(method)})
+
+
+def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
+    """Check and parse the flags of one stage.
+
+    Returns:
+        The arguments, started from the previous stage's weights, and that stage.
+
+    Raises:
+        UserError: anything that is wrong with flags, data files, the model or the previous stage.
+    """
+    method = check_method_flags(argv)
+    given = flag_values(argv)
+    for model in given.get("model", []):
+        check_model(model)
+    previous = None
+    argv = list(argv)
+    if method is not None:
+        check_data(given.get("dataset", []))
+        previous = load_previous(first(given, "cl_previous"))
+        adapter, start_model = start_of_stage(given, previous)
+        if adapter is not None and "adapters" not in given:
+            argv += ["--adapters", adapter]
+        if start_model is not None:
+            argv += ["--model", start_model]
+        argv += _checkpointing_flags(method, given)
+    known = arguments_class()
+    unknown = [
+        name for name in given if name not in {f.name for f in dataclasses.fields(known) if f.init} and name != "help"
+    ]
+    if unknown:
+        hint = did_you_mean(unknown[0], [f.name for f in dataclasses.fields(known)])
+        raise UserError(f"--{unknown[0]} is unknown{hint}")
+    args, remaining = parse_args(known, argv)
+    if remaining:
+        raise UserError(f"not understood: {' '.join(remaining)}")
+    if method is not None:
+        check_support(args, method(method_config(args, method)))
+    return args, previous
+
+
+def _checkpointing_flags(method: type[Method], given: dict[str, list[str]]) -> list[str]:
+    if not method.needs_nonreentrant_checkpointing:
+        return []
+    text = (given.get("gradient_checkpointing_kwargs") or [""])[0].replace(" ", "").lower()
+    if '"use_reentrant":true' in text:
+        raise UserError(
+            f"--gradient_checkpointing_kwargs sets use_reentrant to true, but method '{method.name}' differentiates "
+            "parts of the graph, which only non-reentrant checkpointing allows; allowed: false"
+        )
+    return [] if text else ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
+
+
+def zero_stage(args: Any) -> int | None:
+    """The ZeRO stage of `--deepspeed`, or None without DeepSpeed."""
+    if not args.deepspeed:
+        return None
+    return int(args.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def check_support(args: Any, method: Method) -> None:
+    """Refuse what the method does not support, before a model is loaded."""
+    support, name = method.supports(), method.name
+    if args.tuner_type not in support.tuners:
+        raise UserError(
+            f"--tuner_type {args.tuner_type} does not work with method '{name}', allowed: {', '.join(support.tuners)}"
+        )
+    stage = zero_stage(args)
+    allowed = support.full_deepspeed if args.tuner_type == "full" else support.deepspeed
+    if stage is not None and stage not in allowed:
+        raise UserError(
+            f"--deepspeed with ZeRO stage {stage} does not work with method '{name}', allowed: "
+            f"{', '.join(map(str, allowed)) or 'none'} (or no DeepSpeed)"
+        )
+    if stage == 0 and not support.zero0_low_precision and (args.bf16 or args.fp16):
+        raise UserError(
+            f"--deepspeed zero0 keeps no fp32 weights in bf16 or fp16, which method '{name}' needs; "
+            "use zero1, or no DeepSpeed"
+        )
+    refused = {
+        "packing": args.packing and not support.packing,
+        "quant_bits": bool(args.quant_bits) and not support.quantized,
+        "streaming": args.streaming and not support.streaming,
+        "sequence_parallel_size": args.sequence_parallel_size > 1 and not support.sequence_parallel,
+        "use_liger_kernel": args.use_liger_kernel and not support.liger,
+        "lazy_tokenize": args.lazy_tokenize and args.streaming and method.needs_rows,
+    }
+    for flag, wrong in refused.items():
+        if wrong:
+            raise UserError(f"--{flag} does not work with method '{name}'")
+    if getattr(args, "fsdp", None):
+        raise UserError(f"--fsdp does not work with method '{name}'; use DDP or DeepSpeed")
+    if args.task_type not in TRAINERS:
+        raise UserError(f"--task_type {args.task_type} does not work with --cl_method, allowed: {', '.join(TRAINERS)}")
+    if args.cached_dataset:
+        raise UserError("--cached_dataset does not work with --cl_method: its rows are not readable; use --dataset")

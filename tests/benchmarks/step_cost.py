@@ -1,0 +1,185 @@
+"""What a method costs over plain LoRA: step-time ratios and peak memory, measured in one run on this machine.
+
+    python tests/benchmarks/step_cost.py --model ../shared/bench/base --data ../shared/bench/data/cl_benchmark
+
+Every method trains a second task in turn, several rounds over, in one process with one loaded base model; a row shows
+the median step time over all rounds divided by seq's. The bound is what the design allows. Exit code 1 beyond a bound
+with --check.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("LOG_LEVEL", "ERROR")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+# label -> (method, flags, bound on the step-time ratio or None)
+CASES: dict[str, tuple[str, dict[str, Any], float | None]] = {
+    "seq": ("seq", {}, None),
+    "ewc": ("ewc", {"ewc_fisher_samples": 8}, 1.05),
+    "cia": ("cia", {}, 1.05),
+    "replay": ("replay", {"replay_ratio": 1.0}, 1.02),
+    "lwf": ("lwf", {}, 1.45),
+    "agem": ("gem", {"gem_mode": "agem"}, 2.2),
+    "gem": ("gem", {}, None),
+}
+
+
+class PeakMemory:
+    """Highest resident set of this process while the block runs, in MB over its value at the start."""
+
+    def __enter__(self) -> "PeakMemory":
+        import psutil
+
+        self._process = psutil.Process()
+        self._start = self._peak = self._process.memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.megabytes = (self._peak - self._start) / 2**20
+
+
+def _rows(data: Path | None, task: str, count: int, folder: Path) -> Path:
+    from swift_cl.stream.readers import read_rows
+
+    if data is None:
+        year = {"first": "2022", "second": "2023"}[task]
+        rows = read_rows(ROOT / "datasets" / "continual_news_mini" / f"{year}-train.json", "messages", count)
+    else:
+        name = {"first": "TC/dbpedia", "second": "TC/agnews"}[task]
+        rows = read_rows(data / name / "train.json", "cl_benchmark", count)
+    path = folder / f"{task}.jsonl"
+    path.write_text("".join(json.dumps(row.as_training_row(None), ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+class StepClock:
+    """Times each optimizer step: from its first micro-batch to the end of its hooks."""
+
+    def __init__(self) -> None:
+        from transformers import TrainerCallback
+
+        self.seconds: list[float] = []
+        clock = self
+
+        class Callback(TrainerCallback):
+            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+                clock._begin = time.perf_counter()
+
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                clock.seconds.append(time.perf_counter() - clock._begin)
+
+        self.callback = Callback()
+        self._begin = 0.0
+
+
+def _train(argv: list[str], shared: Any, clock: StepClock | None) -> Any:
+    from swift_cl.training.sft import CLSft
+
+    sft = CLSft(argv, shared)
+    if clock is not None:
+        original = sft.train
+
+        def train(trainer: Any) -> Any:
+            trainer.add_callback(clock.callback)
+            return original(trainer)
+
+        sft.train = train
+    sft.main()
+    return sft.release()
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Step seconds (median) and peak memory (MB) by case."""
+    from swift_cl.workflow.plan import flags
+
+    results: dict[str, dict[str, float]] = {}
+    times: dict[str, list[float]] = {label: [] for label in CASES}
+    peaks: dict[str, list[float]] = {label: [] for label in CASES}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        common = {
+            "model": args.model, "model_type": "qwen2", "template": "qwen2_5", "torch_dtype": "float32",
+            "per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
+            "save_strategy": "no", "logging_steps": 5, "lora_rank": 16, "dataset_num_proc": 1, "check_model": False,
+            "dataloader_num_workers": 0, "report_to": "none", "add_version": False, "use_cpu": True, "max_length": 512,
+            "gradient_checkpointing": args.gradient_checkpointing,
+        }  # fmt: skip
+        data = {task: str(_rows(args.data, task, 96, folder)) for task in ("first", "second")}
+        shared = None
+        for label, (method, own, _) in CASES.items():
+            values = {**common, **own, "cl_method": method, "cl_task": "first", "dataset": data["first"],
+                      "output_dir": str(folder / label / "1"), "max_steps": 2}  # fmt: skip
+            shared = _train(flags(values), shared, None)
+        for turn in range(args.rounds):
+            for label, (method, own, _) in CASES.items():
+                values = {**common, **own, "cl_method": method, "cl_task": "second", "dataset": data["second"],
+                          "output_dir": str(folder / label / f"2-{turn}"), "max_steps": args.steps,
+                          "cl_previous": str(folder / label / "1")}  # fmt: skip
+                clock = StepClock()
+                gc.collect()
+                with PeakMemory() as memory:
+                    shared = _train(flags(values), shared, clock)
+                times[label] += clock.seconds[2:]  # the first steps warm caches up
+                peaks[label].append(memory.megabytes)
+        adapter_file = folder / "seq" / "1" / "adapter" / "adapter_model.safetensors"
+        adapter_mb = adapter_file.stat().st_size / 2**20
+    base = statistics.median(times["seq"])
+    for label in CASES:
+        results[label] = {
+            "step_seconds": statistics.median(times[label]),
+            "ratio": statistics.median(times[label]) / base,
+            "peak_mb": max(peaks[label]),
+            "extra_mb": max(peaks[label]) - max(peaks["seq"]),
+            "adapter_mb": adapter_mb,
+        }
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "assets" / "tiny_base"))
+    parser.add_argument("--data", type=Path, help="a cl_benchmark folder (default: the bundled news)")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--gradient_checkpointing", choices=("true", "false"), default="true")
+    parser.add_argument("--check", action="store_true", help="exit code 1 if a ratio is beyond its bound")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    args = parser.parse_args()
+    results = measure(args)
+    print(f"\n{'method':<8}{'s/step':>9}{'ratio':>8}{'bound':>8}{'peak MB over start':>20}{'over seq':>10}")
+    failed = False
+    for label, row in results.items():
+        bound = CASES[label][2]
+        over = bound is not None and row["ratio"] > bound
+        failed |= over
+        print(f"{label:<8}{row['step_seconds']:>9.3f}{row['ratio']:>8.3f}{bound if bound else '-':>8}"
+              f"{row['peak_mb']:>20.1f}{row['extra_mb']:>10.1f}{'  BEYOND' if over else ''}")  # fmt: skip
+    print(f"adapter: {results['seq']['adapter_mb']:.1f} MB")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+    return int(args.check and failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Batches follow the permutation, on one rank or on several, and every row is seen once."""
+
+import pytest
+
+from swift_cl.training.batches import OrderedBatchSampler
+
+
+def sampler(n_rows: int, batch: int, rank: int = 0, world: int = 1) -> OrderedBatchSampler:
+    """Epoch e's order is 0..n-1 rotated by e."""
+    return OrderedBatchSampler(lambda epoch: [(i + epoch) % n_rows for i in range(n_rows)], n_rows, batch, rank, world)
+
+
+def test_one_rank() -> None:
+    batches = sampler(7, 3)
+    assert list(batches) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert len(batches) == 3
+
+
+def test_set_epoch_changes_the_order() -> None:
+    batches = sampler(4, 2)
+    batches.set_epoch(1)
+    assert list(batches) == [[1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize(("n_rows", "batch", "world"), [(8, 2, 2), (9, 2, 2), (11, 4, 3), (3, 5, 2), (5, 1, 4)])
+def test_ranks_share_the_rows(n_rows: int, batch: int, world: int) -> None:
+    parts = [list(sampler(n_rows, batch, rank, world)) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1, "a rank with fewer batches would leave the others waiting"
+    assert len(parts[0]) == len(sampler(n_rows, batch, 0, world))
+    seen = [row for part in parts for rows in part for row in rows]
+    assert sorted(seen) == list(range(n_rows - n_rows % world))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_optimizer_step_sees_the_same_rows_however_it_is_split(world: int) -> None:
+    """8 rows a step: 1 x 8, 2 x 4, 4 x 2 (ranks x batch), or batch 1 with accumulation."""
+    for batch in (8 // world, 1):
+        parts = [list(sampler(16, batch, rank, world)) for rank in range(world)]
+        per_step = 8 // (world * batch)
+        for step in range(2):
+            rows = [r for part in parts for b in part[step * per_step : (step + 1) * per_step] for r in b]
+            assert sorted(rows) == list(range(8 * step, 8 * step + 8))
+
+
+def test_nothing_for_a_rank() -> None:
+    assert list(sampler(1, 2, 0, 2)) == []
+    assert len(sampler(1, 2, 0, 2)) == 0
