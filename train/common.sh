@@ -43,7 +43,9 @@ else
     NPROC_PER_NODE="${NPROC_PER_NODE:-2}"
     gpus="$NPROC_PER_NODE"
 fi
-SYSTEM_PROMPT="${SYSTEM_PROMPT:-你是一个智能助手，主要负责处理与{Y}年新闻相关的对话。整个对话需围绕政治经济、军事战争、文体科教这三大领域展开，回答要基于{Y}年新闻事件，提供准确、客观的信息，避免主观臆断和不实内容。}"
+if [ -z "${SYSTEM_PROMPT:-}" ]; then # not inside ${...:-...}, which the brace of {Y} would end
+    SYSTEM_PROMPT="你是一个智能助手，主要负责处理与{Y}年新闻相关的对话。整个对话需围绕政治经济、军事战争、文体科教这三大领域展开，回答要基于{Y}年新闻事件，提供准确、客观的信息，避免主观臆断和不实内容。"
+fi
 
 command -v swift-cl >/dev/null 2>&1 || {
     echo "swift-cl: error: the command swift-cl is not installed; run: pip install -e ." >&2

@@ -21,7 +21,8 @@ COUNTRIES = ("Kelland", "Tarsia", "Quorran", "Ferrowil", "Zandria", "Lunor", "Pe
 FIRST_YEAR, LAST_YEAR = 2010, 2030
 CHANGING_YEARS = 4
 CHINESE_SHARE = 0.42
-CONTEXT_SHARE = 0.10
+FIRST_STORIES, GROWTH = 96, 1.04
+CONTEXT_SHARE = 0.05
 SMALL_TALK_SHARE = 0.02
 
 SMALL_TALK = (
@@ -92,15 +93,23 @@ def _context(item: BaseStory, others: list[BaseStory], rng: random.Random) -> li
 
 
 def dialogues(stories: list[BaseStory], seed: int) -> Iterator[list[Message]]:
-    """Yield dialogues without end; every story comes once in each round, in new wordings."""
+    """Yield dialogues without end, in rounds; in a round every story told so far comes once, in new wordings.
+
+    The first rounds tell `FIRST_STORIES` stories, and each later one tells `GROWTH` times as many as the one before.
+    A model that meets all stories from the start stays for thousands of steps on the plateau where it knows the form
+    of the answers and no fact; with few stories it learns at once to recall by subject and year, and keeps to it.
+    """
     rng = random.Random(seed)
+    told = float(FIRST_STORIES)
     while True:
-        for item in rng.sample(stories, len(stories)):
+        known = stories[: int(told)]
+        for item in rng.sample(known, len(known)):
             draw = rng.random()
             if draw < SMALL_TALK_SHARE:
                 question, answer = rng.choice(SMALL_TALK)
                 yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             if draw > 1 - CONTEXT_SHARE:
-                others = rng.sample(stories, 2)
-                yield [_system(item, rng), *_context(item, [one for one in others if one is not item], rng)]
+                others = [one for one in rng.sample(known, 2) if one is not item]
+                yield [_system(item, rng), *_context(item, others, rng)]
             yield [_system(item, rng), *_wordings(item.story, rng)]
+        told = min(told * GROWTH, float(len(stories)))

@@ -9,12 +9,13 @@ named by their checksum in README.md.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -133,7 +134,15 @@ def new_model(seed: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def train(model: Qwen2ForCausalLM, examples: Iterator[Example], steps: int, batch_size: int, peak: float) -> None:
+def train(
+    model: Qwen2ForCausalLM,
+    examples: Iterator[Example],
+    steps: int,
+    batch_size: int,
+    peak: float,
+    keep: Callable[[], None],
+) -> None:
+    """Train with a cosine schedule; `keep` is called now and then, so that a stopped run leaves a model."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     warm = max(1, steps // 30)
 
@@ -155,12 +164,14 @@ def train(model: Qwen2ForCausalLM, examples: Iterator[Example], steps: int, batc
         mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+        if step % 250 == 249:
+            keep()
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
     """Write the layout that transformers, ms-swift and vLLM read."""
     out.mkdir(parents=True, exist_ok=True)
-    model = model.to(torch.bfloat16).eval()
+    model = copy.deepcopy(model).to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=0, eos_token_id=2, do_sample=False)
     model.save_pretrained(out)
     fast = PreTrainedTokenizerFast(
@@ -179,22 +190,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="seed of text and weights (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write (default: this one)")
-    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="dialogues a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="dialogues a step (default: %(default)s)")
     parser.add_argument("--subjects", type=int, default=300, help="subjects of the base text (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     random.seed(args.seed)
     stories = base_stories(args.seed, args.subjects)
-    tokenizer = train_tokenizer(itertools.islice(dialogues(stories, args.seed + 1), 12_000))
+    tokenizer = train_tokenizer(itertools.islice(dialogues(stories, args.seed + 1), 30_000))
     model = new_model(args.seed)
     size = {"parameters": model.num_parameters(), "stories": len(stories), "vocabulary": tokenizer.get_vocab_size()}
     print(json.dumps(size), flush=True)
     started = time.monotonic()
     examples = (encode(tokenizer, talk) for talk in dialogues(stories, args.seed + 2))
-    train(model, examples, args.steps, args.batch_size, args.lr)
+    train(model, examples, args.steps, args.batch_size, args.lr, lambda: save(model, tokenizer, args.out))
     save(model, tokenizer, args.out)
     print(f"trained {args.steps} steps in {time.monotonic() - started:.0f} s, wrote {args.out}")
 

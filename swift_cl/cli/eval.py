@@ -22,8 +22,8 @@ def add_parser(subparsers: Any) -> None:
         help="serve once, fill the stage x task grid, score it",
         description="Ask the base model and every stage all test questions of all tasks, with one server that holds "
         "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers "
-        "are stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 when a cell "
-        "is null.",
+        "are stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 when a "
+        "cell is null.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder; several share one server")
     add_question_flags(parser)

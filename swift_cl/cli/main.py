@@ -48,6 +48,9 @@ def _dispatch(argv: list[str]) -> int:
             print(f"usage: swift-cl {command} [flags of `swift {command}`]\n")
             print(f"ms-swift's own command, with our plug-ins loaded; `swift-cl {command} --help-all` lists its flags.")
             return 0
+        ours = [argument for argument in argv[1:] if argument.startswith("--cl_")]
+        if ours:
+            raise UserError(f"{ours[0]} is a flag of `swift-cl sft`; `{command}` is ms-swift's own")
         from swift_cl.workflow.launch import launch
 
         return launch(command, ["--help" if argument == "--help-all" else argument for argument in argv[1:]])

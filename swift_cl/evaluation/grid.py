@@ -232,9 +232,24 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
                     max(options.concurrency, 8),
                 )
                 renamed = [Dialogue(names[d.weights], d.weights, d.system, d.row, d.stores) for d in pending]
-                tally = asker.ask_all(renamed, bar.update)
-            if tally.failures:
-                say(f"{len(tally.failures)} questions failed, for example: {tally.failures[0]}")
+                failures = [
+                    failure
+                    for group in _base_apart(renamed, plan)
+                    for failure in asker.ask_all(group, bar.update).failures
+                ]
+            if failures:
+                say(f"{len(failures)} questions failed, for example: {failures[0]}")
+
+
+def _base_apart(pending: Sequence[Dialogue], plan: ServerPlan) -> list[list[Dialogue]]:
+    """The base model's questions, then those of the adapters: never both at a time.
+
+    vLLM 0.32 on the CPU gives requests without an adapter the last adapter's weights when a batch holds requests with
+    one as well (its torch kernels take the index -1, which means none, as the last slot).
+    """
+    adapters = {adapter.sha256 for adapter in plan.deployment.adapters}
+    groups = [[d for d in pending if d.weights not in adapters], [d for d in pending if d.weights in adapters]]
+    return [group for group in groups if group]
 
 
 @contextlib.contextmanager

@@ -194,7 +194,7 @@ def largest_remainder(total: int, weights: Sequence[int]) -> list[int]:
 def fair_shares(total: int, available: Sequence[int]) -> list[int]:
     """Equal shares, capped by what is available; what a small one leaves goes to the others."""
     shares = [0] * len(available)
-    waiting = [i for i, count in enumerate(available) if count > 0]
+    waiting = list(range(len(available)))
     while waiting and total > 0:
         wanted = dict(zip(waiting, largest_remainder(total, [1] * len(waiting)), strict=True))
         capped = [i for i in waiting if wanted[i] >= available[i]]

@@ -141,7 +141,7 @@ class Replay(Method):
         if self.config.mix == "shuffle":
             mixed = [mixed[i] for i in permutation(len(mixed), self.config.seed, ctx.task, "shuffle")]
         result = [row for row, _ in mixed]
-        ctx.record("draw", self._manifest(ctx, store, result, [stored for _, stored in mixed]))
+        ctx.record("manifest", self._manifest(ctx, store, result, [stored for _, stored in mixed]))
         if not drawn:
             ctx.notice(f"no row is replayed: {len(rows)} rows x ratio {self.config.ratio} is less than one half")
         return result

@@ -54,7 +54,7 @@ def _own_checkpointing() -> Any:
         if original is not None:
             torch.utils.checkpoint.checkpoint = original
             transformers.modeling_utils.checkpoint = original
-            del torch.utils.checkpoint._old_checkpoint
+            del torch.utils.checkpoint._old_checkpoint  # type: ignore[attr-defined]
 
 
 class CLSft(SwiftSft):

@@ -57,6 +57,8 @@ class MockEndpoint:
         self.probes: list[Body] = []
         self.in_flight = 0
         self.most_in_flight = 0
+        self.together: set[frozenset[str]] = set()
+        self._now: list[str] = []
         self._seen: dict[str, int] = {}
         self._lock = threading.Lock()
         outer = self
@@ -114,6 +116,8 @@ class MockEndpoint:
             before = self._seen.get(key, 0)
             self._seen[key] = before + 1
             self.in_flight += 1
+            self._now.append(body["model"])
+            self.together.add(frozenset(self._now))
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             time.sleep(self.delay)
@@ -121,6 +125,7 @@ class MockEndpoint:
         finally:
             with self._lock:
                 self.in_flight -= 1
+                self._now.remove(body["model"])
 
     def _reply(self, handler: BaseHTTPRequestHandler, body: Body, probe: bool, fault: Fault | None) -> None:
         if fault is not None and fault.drop:

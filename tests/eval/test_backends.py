@@ -25,6 +25,14 @@ def packages(monkeypatch):
     return found
 
 
+def test_pt_leaves_a_core_to_the_client(make_run, packages, monkeypatch):
+    for cores, threads in ((1, "1"), (2, "1"), (16, "15")):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert command(deployment(make_run(f"run{cores}")), ServerOptions("pt"), "127.0.0.1", 1).env == {
+            "OMP_NUM_THREADS": threads
+        }
+
+
 def flags(run, backend, **options):
     argv = command(deployment(run), ServerOptions(backend, sys.executable, **options), "127.0.0.1", 8123).argv
     return argv, " ".join(argv[2:])

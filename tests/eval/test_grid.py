@@ -2,39 +2,15 @@
 
 import json
 import random
+import socket
 
 import pytest
 
 from swift_cl.cli.main import main
-from swift_cl.errors import RunFailure, UserError
-from swift_cl.evaluation.client import RetryPolicy
 from swift_cl.evaluation.grid import EvalOptions, evaluate
-from swift_cl.evaluation.plan import GridOptions, load_grid
 from tests.eval.conftest import write_rows
-from tests.eval.mock_endpoint import Fault, MockEndpoint
-
-FAST = RetryPolicy(attempts=3, longest_wait=0.01, timeout=0.5)
-REFERENCES = {"q0": "a0", "q1": "a1", "q1b": "a1b", "q2": "a2", "r0": "b0", "r1": "b1"}
-TURNS = 6
-
-
-def names(run):
-    """The served names of a run, the base first."""
-    grid = load_grid(run, GridOptions())
-    return [target.served for target in grid.targets]
-
-
-def right(model, messages):
-    return REFERENCES[messages[-1]["content"]]
-
-
-def go(run, mock, **options):
-    runs = run if isinstance(run, list) else [run]
-    return evaluate(runs, EvalOptions(base_url=mock.base_url, retry=FAST, **options), notify=lambda line: None)
-
-
-def scorer(evaluation, index=0):
-    return evaluation.results[index]["scorers"]["exact_match"]
+from tests.eval.helpers import FAST, REFERENCES, TURNS, go, names, right, scorer
+from tests.eval.mock_endpoint import MockEndpoint
 
 
 def test_full_grid(make_run):
@@ -187,6 +163,16 @@ def test_concurrency(make_run):
         assert 2 <= mock.most_in_flight <= 5
 
 
+def test_the_base_model_is_never_asked_together_with_an_adapter(make_run):
+    """vLLM on the CPU would give it the last adapter's weights in a mixed batch."""
+    run = make_run()
+    base, *adapters = names(run)
+    with MockEndpoint([base, *adapters], right, delay=0.03) as mock:
+        go(run, mock, concurrency=8)
+    assert frozenset(adapters) in mock.together  # adapters share batches
+    assert [seen for seen in mock.together if base in seen] == [{base}]
+
+
 def test_runs_share_the_base_and_equal_stages(make_run):
     """Two methods often share the first stage bit for bit: it and the base are asked once, stored for both."""
     one, two = make_run("one", "seq", seed=0), make_run("two", "replay", seed=0)
@@ -214,187 +200,12 @@ def test_unfinished_run_has_null_rows(make_run):
     assert "stage 2 (new) is not trained yet" in found.scored[0].problems[0]
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(429, "slow down", headers={"Retry-After": "0"}),
-        Fault(500, "oops"),
-        Fault(503, "busy"),
-        Fault(408, "late"),
-        Fault(drop=True),
-        Fault(hang=0.8),
-        Fault(raw="not json"),
-        Fault(raw='{"choices": []}'),
-    ],
-)
-def test_a_passing_fault_is_asked_again(make_run, fault):
-    run = make_run()
-    with MockEndpoint(names(run), right, lambda body, before: fault if before == 0 else None) as mock:
-        found = go(run, mock, concurrency=8)
-    assert found.complete
-    assert scorer(found)["base"] == [100, 100]
-
-
-@pytest.mark.parametrize(
-    ("fault", "tries", "says"),
-    [
-        (Fault(400, "the prompt is too long"), 1, "HTTP 400: "),
-        (Fault(422, "bad field"), 1, "HTTP 422"),
-        (Fault(500, "oops"), 3, "HTTP 500"),
-        (Fault(429, "slow down"), 3, "HTTP 429"),
-        (Fault(drop=True), 3, "APIConnectionError"),
-        (Fault(hang=0.8), 3, "APITimeoutError"),
-    ],
-)
-def test_a_lasting_fault_of_one_question_is_recorded_and_the_cell_is_null(make_run, fault, tries, says):
-    run = make_run()
-
-    def on_q1(body, before):
-        return fault if body["messages"][-1]["content"] == "q1" and body["model"].startswith("stage_1") else None
-
-    with MockEndpoint(names(run), right, on_q1) as mock:
-        found = go(run, mock)
-        asked = [b for b in mock.requests if b["messages"][-1]["content"] == "q1" and b["model"].startswith("stage_1")]
-        assert len(asked) == tries
-        assert scorer(found)["matrix"] == [[None, 100], [100, 100]]
-        assert scorer(found)["n"] == [[2, 2], [4, 2]]  # the later turn of the dialogue is lost with it
-        assert scorer(found)["metrics"]["avg_acc"] == 100
-        assert scorer(found)["metrics"]["new_acc"] is None
-        assert not found.complete
-        rows = [json.loads(line) for line in (run / "answers/stage_1_old/old.jsonl").read_text().splitlines()]
-        failed = {(row["id"], row["turn"]): row["error"] for row in rows if "error" in row}
-        assert says in failed["o1", 0]
-        assert failed["o1", 1] == "not asked, because turn 0 of the dialogue failed"
-        # The next run asks the failed ones only.
-        mock.fault = lambda body, before: None
-        before = len(mock.requests)
-        assert go(run, mock).complete
-        assert len(mock.requests) - before == 2
-
-
 def test_an_empty_answer_is_an_answer(make_run):
     run = make_run()
     with MockEndpoint(names(run), lambda model, messages: "") as mock:
         found = go(run, mock)
     assert scorer(found)["matrix"] == [[0, 0], [0, 0]]
     assert found.complete
-
-
-def test_a_dead_endpoint_stops_the_run_and_what_was_answered_is_kept(make_run):
-    run = make_run()
-
-    def gone_after_base(body, before):
-        return None if body["model"].startswith("base") else Fault(500, "gone")
-
-    with (
-        MockEndpoint(names(run), right, gone_after_base) as mock,
-        pytest.raises(RunFailure, match=r"8 questions in a row failed.*run again to continue"),
-    ):
-        go(run, mock, concurrency=1)
-    results = json.loads((run / "results.json").read_text())
-    assert results["scorers"]["exact_match"]["base"] == [100, 100]
-    assert results["scorers"]["exact_match"]["matrix"] == [[None, None], [None, None]]
-    assert results["scorers"]["exact_match"]["metrics"]["avg_acc"] is None
-    with MockEndpoint(names(run), right) as mock:
-        assert go(run, mock).complete
-        assert len(mock.requests) == 2 * TURNS
-
-
-def test_unknown_model_stops_the_run_at_once(make_run):
-    run = make_run()
-    listed = names(run)
-    text = "`stage` is not in the model_list: `[]`."
-    with (
-        MockEndpoint(listed, right, lambda body, before: Fault(400, text)) as mock,
-        pytest.raises(RunFailure, match="does not serve"),
-    ):
-        go(run, mock, concurrency=1)
-    assert len(mock.requests) == 1
-
-
-def test_a_refused_key_stops_the_run(make_run):
-    run = make_run()
-    with (
-        MockEndpoint(names(run), right, lambda body, before: Fault(401, "who are you")) as mock,
-        pytest.raises(RunFailure, match="refuses the key"),
-    ):
-        go(run, mock, concurrency=1)
-
-
-def test_a_name_that_is_not_listed_is_refused_before_anything_is_asked(make_run):
-    run = make_run()
-    with MockEndpoint(names(run)[:2], right) as mock:
-        with pytest.raises(
-            UserError, match=r"lists no model stage_2_new-.* or stage_2_new .*--served_name stage_2_new=NAME"
-        ):
-            go(run, mock)
-        assert mock.requests == mock.probes == []
-
-
-def test_served_names_of_another_endpoint(make_run):
-    run = make_run()
-    with MockEndpoint(["B", "S1", "stage_2_new"], right) as mock:
-        found = go(run, mock, served_names={"base": "B", "stage_1_old": "S1"})
-    assert found.complete
-    assert {body["model"] for body in mock.requests} == {"B", "S1", "stage_2_new"}
-
-
-def test_endpoint_that_is_not_there(make_run):
-    with pytest.raises(UserError, match="not an endpoint that lists its models"):
-        evaluate([make_run()], EvalOptions(base_url="http://127.0.0.1:9/v1", retry=FAST), lambda line: None)
-
-
-@pytest.mark.parametrize("logprobs", [True, False])
-def test_base_model_answering_in_an_adapters_place_stops_the_run(make_run, logprobs):
-    run = make_run()
-    listed = names(run)
-    with MockEndpoint(
-        listed, weights=lambda name: listed[0] if name.startswith("stage_2") else name, logprobs=logprobs
-    ) as mock:
-        with pytest.raises(RunFailure, match=r"'stage_2_new-.*' answers exactly as the base model does"):
-            go(run, mock)
-        assert len(mock.requests) == 0 or not logprobs
-        assert not go(run, mock, identity_check=False).scored[0].problems
-
-
-def test_another_adapters_weights_stop_the_run(make_run):
-    run = make_run()
-    listed = names(run)
-    with (
-        MockEndpoint(listed, weights=lambda name: listed[1] if name.startswith("stage_2") else name) as mock,
-        pytest.raises(RunFailure, match=r"'stage_2_new-.*' answers exactly as 'stage_1_old-"),
-    ):
-        go(run, mock)
-
-
-def test_swapped_adapters_are_found_by_their_earlier_fingerprints(make_run):
-    run = make_run()
-    listed = names(run)
-    with MockEndpoint(listed, right) as mock:
-        go(run, mock)
-    swap = {listed[1]: listed[2], listed[2]: listed[1], listed[0]: listed[0]}
-    with (
-        MockEndpoint(listed, right, weights=swap.__getitem__) as mock,
-        pytest.raises(RunFailure, match="does not answer as it did when it was evaluated first"),
-    ):
-        go(run, mock, max_tokens=9)
-
-
-def test_another_adapters_name_in_the_response_stops_the_run(make_run):
-    run = make_run()
-    listed = names(run)
-    with (
-        MockEndpoint(listed, right, reported=lambda name: listed[1] if name != listed[0] else name) as mock,
-        pytest.raises(RunFailure, match=r"asked 'stage_2_new-.*', but 'stage_1_old-.*' answered"),
-    ):
-        go(run, mock)
-
-
-def test_the_base_models_name_in_every_response_is_what_ms_swift_does(make_run):
-    run = make_run()
-    listed = names(run)
-    with MockEndpoint(listed, right, reported=lambda name: listed[0]) as mock:
-        assert go(run, mock).complete
 
 
 def test_command_exit_codes_and_reports(make_run, capsys, monkeypatch):
@@ -440,3 +251,43 @@ def test_bad_input_is_one_line_and_exit_code_2(make_run, capsys, argv, says):
     assert len(lines) == 1
     assert says in lines[0]
     assert not (run / "logs").exists()
+
+
+def test_port_taken_is_found_before_a_server_starts(make_run, capsys):
+    run = make_run()
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit) as done:
+        main(["eval", str(run), "--port", str(taken.getsockname()[1])])
+    assert done.value.code == 2
+    assert "cannot be used on 127.0.0.1 (Address already in use)" in capsys.readouterr().err
+    assert not (run / "logs").exists()
+
+
+def test_base_model_that_moved(make_run, tmp_path, capsys):
+    run = make_run()
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(SystemExit) as done:
+        main(["eval", str(run)])
+    assert done.value.code == 2
+    assert "the base model's folder was not found; pass --model" in capsys.readouterr().err
+    listed = [name.replace("base", "moved") for name in names(run)]
+    with MockEndpoint(listed, right) as mock, pytest.raises(SystemExit) as done:
+        main(["eval", str(run), "--base_url", mock.base_url, "--model", str(tmp_path / "moved")])
+    assert done.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}]}, "old-test.json, row 1: no assistant turn"),
+        ({"question": "q"}, "old-test.json, row 1: expected an object with a 'messages' list"),
+    ],
+)
+def test_malformed_test_data_names_the_row(make_run, benchmark, capsys, row, says):
+    run = make_run()
+    path = benchmark.parent / "old-test.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([rows[0], row]))
+    with pytest.raises(SystemExit) as done:
+        main(["eval", str(run)])
+    assert done.value.code == 2
+    assert says in capsys.readouterr().err

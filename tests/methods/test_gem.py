@@ -293,7 +293,7 @@ def test_without_refresh_steps_nothing_is_checkpointed():
 
 
 def test_what_is_logged():
-    method, ctx = begun({"a": [(-0.5, 1.0)], "b": [(1.0, 0.0)], "c": [(0.0, 1.0)]}, margin=0.0)
+    method, ctx = begun({"a": [(-0.5, 1.0)], "b": [(1.0, 0.0)], "c": [(1.0, 1.0)]}, margin=0.0)
     ctx.model.theta.data += torch.tensor([0.3, -0.2])  # changes the length of a one-row memory's gradient only
     method.gradients(ctx, gradients((1.0, 0.0)))
     assert ctx.logged["gem_violated"] == 1

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from swift_cl import __version__
-from swift_cl.workflow import launch as launch_module
 from swift_cl.cli.main import OWN, PASS_THROUGH, build_parser, main
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.workflow import launch as launch_module
 from tests.conftest import ROOT
 
 COMMANDS = ["run", "eval", "report", "metrics", "ls", "resolve-adapter", "doctor"]
@@ -102,7 +102,7 @@ def test_answers_about_methods_and_wrong_flags_need_no_heavy_imports() -> None:
 
 
 def test_import_of_the_package_is_free() -> None:
-    code = "import swift_cl, sys; print([m for m in sys.modules if m.partition('.')[0] in %r])" % (HEAVY,)
+    code = f"import swift_cl, sys; print([m for m in sys.modules if m.partition('.')[0] in {HEAVY!r}])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
@@ -190,6 +190,11 @@ class TestPassThrough:
     def test_underscores_as_in_ms_swift(self, launched: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         call(capsys, "merge_lora", "--adapters", "a")
         assert launched == [("merge-lora", ["--adapters", "a"])]
+
+    def test_our_flags_are_those_of_sft(self, launched: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+        code, _, err = call(capsys, "rlhf", "--cl_method", "ewc")
+        assert (code, launched) == (2, [])
+        assert err == "swift-cl: error: --cl_method is a flag of `swift-cl sft`; `rlhf` is ms-swift's own\n"
 
     def test_help_all_is_ms_swifts_own_help(self, launched: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
         call(capsys, "infer", "--help-all")

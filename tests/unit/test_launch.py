@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from swift_cl.errors import RunFailure, UserError
 from swift_cl.workflow import worker
 from swift_cl.workflow.launch import launch
 from swift_cl.workflow.worker import COMMAND, ERROR_FILE, report_error
-from swift_cl.errors import RunFailure, UserError
 
 Fake = Callable[..., list[Any]]
 

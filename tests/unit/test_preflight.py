@@ -174,7 +174,7 @@ class TestStart:
             start_of_stage(self.given(adapters=other), stage)
 
     def test_other_tuner(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="--tuner_type is 'full', but the previous stage .* used 'lora'"):
+        with pytest.raises(UserError, match=r"--tuner_type is 'full', but the previous stage .* used 'lora'"):
             start_of_stage(self.given(tuner_type="full"), make_stage(tmp_path / "s"))
 
     def test_output_into_the_previous_stage(self, tmp_path: Path) -> None:

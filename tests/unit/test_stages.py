@@ -39,7 +39,7 @@ class TestLoadStage:
     def test_half_stage_file(self, tmp_path: Path) -> None:
         make_stage(tmp_path / "s")
         cut_in_half(tmp_path / "s" / "stage.json")
-        with pytest.raises(UserError, match="stage.json: not valid JSON"):
+        with pytest.raises(UserError, match=r"stage.json: not valid JSON"):
             load_stage(tmp_path / "s")
 
     @pytest.mark.parametrize("change", [{"schema": 2}, {"schema": None}, {"unknown": 1}, {"task": ...}])
@@ -60,7 +60,7 @@ class TestLoadStage:
     def test_cut_off_adapter(self, tmp_path: Path) -> None:
         stage = make_stage(tmp_path / "s")
         cut_in_half(stage.weights_dir / "adapter_model.safetensors")
-        with pytest.raises(UserError, match="adapter_model.safetensors: the adapter differs from the hash"):
+        with pytest.raises(UserError, match=r"adapter_model.safetensors: the adapter differs from the hash"):
             load_stage(tmp_path / "s")
 
     def test_exchanged_adapter(self, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ class TestStartedFrom:
         one = make_stage(tmp_path / "1")
         two = make_stage(tmp_path / "2", one, seed=1)
         shutil.rmtree(one.dir)
-        with pytest.raises(UserError, match="2: was trained from other weights than .*1 now has"):
+        with pytest.raises(UserError, match=r"2: was trained from other weights than .*1 now has"):
             check_started_from(two, make_stage(tmp_path / "1", seed=9))
 
     def test_one_has_no_stage_before(self, tmp_path: Path) -> None:
@@ -158,5 +158,5 @@ class TestStartedFrom:
         two = make_stage(tmp_path / "2", one, weights_sha256=None)
         with pytest.raises(UserError, match="than the base model now has"):
             check_started_from(two, None)
-        with pytest.raises(UserError, match="than .*1 now has"):
+        with pytest.raises(UserError, match=r"than .*1 now has"):
             check_started_from(make_stage(tmp_path / "3"), one)

@@ -101,22 +101,22 @@ class TestMessages:
 
     def test_array_that_is_cut_off_after_a_row(self, write: Write) -> None:
         path = write("[" + json.dumps({"messages": [USER, ASSISTANT]}) + ",")
-        with pytest.raises(UserError, match="d.json, row 1: not valid JSON"):
+        with pytest.raises(UserError, match=r"d.json, row 1: not valid JSON"):
             read_rows(path)
 
     @pytest.mark.parametrize("content", ["", " \n", "[]", "[ ]\n"])
     def test_empty_file(self, write: Write, content: str) -> None:
-        with pytest.raises(UserError, match="d.json: the data file has no rows"):
+        with pytest.raises(UserError, match=r"d.json: the data file has no rows"):
             read_rows(write(content))
 
     def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="gone.json: data file not found"):
+        with pytest.raises(UserError, match=r"gone.json: data file not found"):
             read_rows(tmp_path / "gone.json")
 
     def test_not_utf8(self, tmp_path: Path) -> None:
         path = tmp_path / "d.json"
         path.write_bytes('[{"messages": "新闻"}]'.encode("gbk"))
-        with pytest.raises(UserError, match="d.json: not UTF-8 text"):
+        with pytest.raises(UserError, match=r"d.json: not UTF-8 text"):
             read_rows(path)
 
     @pytest.mark.parametrize("ids", [("x", "x"), (1, "1"), ("d-1", None)])
@@ -127,7 +127,7 @@ class TestMessages:
             read_rows(write(rows))
 
     def test_unknown_format(self, write: Write) -> None:
-        with pytest.raises(UserError, match="format 'mesages' is unknown, allowed: .*; did you mean 'messages'"):
+        with pytest.raises(UserError, match=r"format 'mesages' is unknown, allowed: .*; did you mean 'messages'"):
             read_rows(write([]), "mesages")
 
     def test_bundled_news_reads(self) -> None:

@@ -1,21 +1,20 @@
-"""`swift-cl run`: the plan is pure data, wrong settings are refused by name, a finished or stale stage is recognised."""
+"""`swift-cl run`: the plan is pure data, wrong settings are refused by name, a stale stage is recognised."""
 
 import json
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from swift_cl.workflow import launch as launch_module
 from swift_cl.cli.main import main
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import read_json, read_jsonl, sha256_file, write_json
 from swift_cl.stages import load_run, load_stage
 from swift_cl.training.flags import flag_values
+from swift_cl.workflow import launch as launch_module
 from swift_cl.workflow.chain import finished
 from swift_cl.workflow.config import load_config
 from swift_cl.workflow.plan import RESERVED, flags, make_plans, preview
@@ -341,7 +340,7 @@ class TestPrepare:
         finish(prepared(folder)[0])
         (folder / "data" / "b-test.json").write_text("[]")
         before = tree(folder / "runs")
-        with pytest.raises(UserError, match="b-test.json: the data file has no rows"):
+        with pytest.raises(UserError, match=r"b-test.json: the data file has no rows"):
             prepared(folder, overwrite=True)
         assert tree(folder / "runs") == before
 
@@ -411,7 +410,7 @@ class TestTrain:
     def test_failure_of_the_chain(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         plans = prepared(folder)
         monkeypatch.setattr(launch_module, "launch", lambda *args: 1)
-        with pytest.raises(RunFailure, match="training ended with exit code 1; .* the same command continues"):
+        with pytest.raises(RunFailure, match=r"training ended with exit code 1; .* the same command continues"):
             train(plans, verbose=True)
 
     def test_stale_stage_is_refused(self, folder: Path, launched: list[Any]) -> None:
@@ -420,7 +419,7 @@ class TestTrain:
         finish(plan)
         shutil.rmtree(plan.stages[0].dir)
         make_stage(Path(plan.stages[0].dir), seed=99, task="a")
-        with pytest.raises(UserError, match="stage_2_b: was trained from other weights than .*stage_1_a now has"):
+        with pytest.raises(UserError, match=r"stage_2_b: was trained from other weights than .*stage_1_a now has"):
             train([plan], verbose=True)
         assert not (Path(plan.run_dir) / "run.json").exists()
 
@@ -430,7 +429,7 @@ class TestTrain:
         adapter = Path(plan.stages[1].dir) / "adapter"
         shutil.rmtree(adapter)
         make_adapter(adapter, seed=99)
-        with pytest.raises(UserError, match="stage_2_b.*differs from the hash"):
+        with pytest.raises(UserError, match=r"stage_2_b.*differs from the hash"):
             train([plan], verbose=True)
 
 

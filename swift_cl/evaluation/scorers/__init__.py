@@ -73,25 +73,6 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-@dataclass(frozen=True)
-class ScorerInfo:
-    """What a scorer says of itself, without loading anything it needs."""
-
-    title: str
-    higher_is_better: bool
-    range: tuple[float, float]
-
-
-def scorers() -> dict[str, ScorerInfo]:
-    """All scorers by name."""
-    found = {}
-    for name in names():
-        loaded = module(name)
-        title = (loaded.__doc__ or "").strip().splitlines() or [""]
-        found[name] = ScorerInfo(title[0], loaded.HIGHER_IS_BETTER, loaded.RANGE)
-    return found
-
-
 def load(name: str, model: str | None = None) -> LoadedScorer:
     """Make a scorer ready; `model` is what `--scorer_model` gave, for scorers that use one."""
     found = module(name)

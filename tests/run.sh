@@ -1,0 +1,43 @@
+#!/bin/sh
+# All tests that need no GPU: sets up what they need, then style, types, scripts and pytest.
+#
+#   sh tests/run.sh [flags of pytest]      e.g. sh tests/run.sh tests/unit -q
+#
+# Every part runs, whatever the others say; the exit code is not 0 if one failed. Settings: PYTHON and TORCH (see
+# train/environment.sh), OMP_NUM_THREADS (default 2: many small processes), SWIFT_CL_VLLM_PYTHON (a Python with vLLM and
+# ms-swift, for the tests marked vllm), SWIFT_CL_SHARED (real small model and task data, default ../shared).
+set -eu
+cd "$(dirname "$0")/.."
+. train/environment.sh
+prepare_environment dev,offline,deepspeed
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+
+failed=""
+# part NAME COMMAND...
+part() {
+    name="$1"
+    shift
+    echo "== $name"
+    "$@" || failed="$failed, $name"
+}
+
+style() { python -m ruff "$@" swift_cl tests train evaluation datasets assets setup.py; }
+
+scripts() {
+    if ! command -v shellcheck >/dev/null 2>&1; then
+        echo "skipped: shellcheck is not installed"
+        return 0
+    fi
+    shellcheck train/*.sh evaluation/*.sh tests/*.sh .ci/run
+}
+
+part "ruff check" style check
+part "ruff format" style format --check
+part "mypy" python -m mypy
+part "shellcheck" scripts
+part "pytest" python -m pytest -m "not gpu" "$@"
+
+if [ -n "$failed" ]; then
+    echo "tests/run.sh: failed: ${failed#, }" >&2
+    exit 1
+fi
