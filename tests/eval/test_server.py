@@ -87,7 +87,7 @@ def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path, monkeypatch,
 
 
 def test_death_at_start_shows_command_and_last_lines(tmp_path):
-    with pytest.raises(RunFailure) as failure, make(tmp_path, "dies"):
+    with pytest.raises(UserError) as failure, make(tmp_path, "dies"):
         pass
     text = str(failure.value)
     assert "ended at start with exit code 3" in text

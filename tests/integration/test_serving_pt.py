@@ -141,7 +141,7 @@ def test_sigterm_to_the_command_leaves_nothing(run):
 
 def test_adapter_that_does_not_fit_ends_the_server_at_start(run, tmp_path):
     """What the checks before the start cannot know is seen at the start, not at a request."""
-    from swift_cl.errors import RunFailure
+    from swift_cl.errors import UserError
 
     deployment = load_grid(run, GridOptions()).base.deployment
     broken = tmp_path / "adapter"
@@ -150,7 +150,7 @@ def test_adapter_that_does_not_fit_ends_the_server_at_start(run, tmp_path):
     (broken / "adapter_model.safetensors").write_bytes(b"cut off")
     deployment = replace(deployment, adapters=(replace(deployment.adapters[0], path=broken),))
     with (
-        pytest.raises(RunFailure, match=r"ended at start with exit code 1[\s\S]*serve_adapters.py[\s\S]*Error"),
+        pytest.raises(UserError, match=r"ended at start with exit code 1[\s\S]*serve_adapters.py[\s\S]*Error"),
         Server(
             lambda host, port: command(deployment, ServerOptions("pt"), host, port),
             deployment.names,

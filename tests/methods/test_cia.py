@@ -120,9 +120,12 @@ def trained(
             state = method.checkpoint_state(ctx)
             assert state is not None
             save_method_state(folder, "cia", state)
-            model = Weights(ctx.parameters["w"].detach(), ctx.parameters["v"].detach())
+            live = {name: p.detach().clone() for name, p in ctx.parameters.items()}
             method = Cia(method.config)
-            ctx = begun(method, model)  # begins at the checkpoint's weights, like a resumed Trainer
+            ctx = begun(method, Weights(torch.ones(3, 4), torch.ones(5)))  # nothing may be left of this beginning
+            with torch.no_grad():
+                for name, value in live.items():
+                    ctx.parameters[name].copy_(value)
             method.restore_checkpoint(ctx, load_method_state(folder, "cia"))
         random = torch.Generator().manual_seed(number)
         gradients = {name: torch.randn(p.shape, generator=random) for name, p in ctx.parameters.items()}

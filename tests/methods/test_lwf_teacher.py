@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,32 @@ def test_full_fine_tuning_uses_the_weights_that_the_stage_started_from() -> None
     assert found is not None
     expected = divergence(new.logits[:, :-1][mask], old[:, :-1][mask]).mean().item()
     assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_teacher_has_no_dropout() -> None:
+    """In full fine-tuning the teacher runs through the live modules, whose dropout is on."""
+
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.z = nn.Parameter(torch.arange(12.0).view(4, 3))
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, input_ids: Tensor, **other: Any) -> Any:
+            return SimpleNamespace(logits=self.dropout(self.z.expand(len(input_ids), -1, -1)))
+
+    model = Dropping()
+    ctx = Quiet(model, earlier=["t0"])
+    method = Lwf(LwfConfig())
+    method.prepare_model(ctx, model)
+    method.train_begin(ctx)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    same = SimpleNamespace(logits=model.z.unsqueeze(0))
+    inputs = {"input_ids": ids, "labels": torch.tensor([[-100, 1, 1, 1]])}
+    found = method.loss(ctx, model, inputs, torch.tensor(0.0), same)
+    assert found is not None
+    assert abs(found.item()) < 1e-6
+    assert model.dropout.p == 0.5
 
 
 def test_a_missing_or_changed_teacher_is_noticed(tmp_path: Path) -> None:
