@@ -26,7 +26,7 @@ def divergence_sum(
         chunk: positions at a time.
     """
     apply: Any = _DivergenceSum.apply
-    total: Tensor = apply(student, teacher.detach(), mask, temperature, top_k, chunk)
+    total: Tensor = apply(student, teacher, mask, temperature, top_k, chunk)
     return total
 
 

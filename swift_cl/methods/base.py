@@ -242,6 +242,10 @@ class Method:
         """What this configuration supports: `support`, narrowed where a setting excludes something."""
         return self.support
 
+    def required_flags(self) -> Mapping[str, str]:
+        """ms-swift flags that this configuration needs: set where they are not given, refused where they differ."""
+        return {}
+
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on. Runs on rank 0 before the model is prepared (`ctx.model` is not there yet)."""
         return rows

@@ -30,8 +30,8 @@ class LwfConfig(MethodConfig):
     t2_scaling: bool = setting(False, "Multiply the term by T^2 (Hinton's rescaling; LwF itself does not).")
     tokens: str = setting(
         "answer",
-        "'answer' distils where the next token is a label; 'all' at every next token that is no padding (needs "
-        "--use_logits_to_keep false).",
+        "'answer' distils where the next token is a label; 'all' at every next token that is no padding "
+        "(computes all logits).",
         ("answer", "all"),
     )
     top_k: int = setting(
@@ -83,6 +83,10 @@ class Lwf(Method):
     @property
     def _has_teacher(self) -> bool:
         return self._switch is not None or bool(self._frozen)
+
+    def required_flags(self) -> Mapping[str, str]:
+        # ms-swift computes the logits of answers only, unless it is told not to.
+        return {"use_logits_to_keep": "false"} if self.config.tokens == "all" else {}
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
         if self.config.lambda_ == 0 or (not ctx.earlier and self.config.first_task == "none"):

@@ -1,6 +1,6 @@
 """Which methods there are: the files of this folder, and entry points of the group `swift_cl.methods`.
 
-A built-in method is a module here that defines one `Method` subclass. Looking a method up imports its file, never torch.
+A built-in method is a module here that defines one `Method` subclass. Looking it up imports its file, never torch.
 """
 
 import importlib

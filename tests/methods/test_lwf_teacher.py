@@ -100,7 +100,8 @@ def test_the_term_sees_a_student_that_moved_and_pulls_only_it(tmp_path: Path) ->
     found.backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
-        assert (parameter.grad is not None) == ("default" in name), name
+        moves = parameter.grad is not None and bool(parameter.grad.any())
+        assert moves == ("default" in name), name
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert layer.active_adapters == ["default"]
     assert layer.lora_dropout["default"].p == 0.5

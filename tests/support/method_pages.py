@@ -8,7 +8,7 @@ import sys
 from swift_cl.methods.base import Method, flags_of
 from swift_cl.methods.registry import get_method
 
-NO_FLAGS = "None of its own."
+NO_FLAGS = "This method has no flags of its own."
 
 
 def flag_table(method: type[Method]) -> str:
