@@ -1,10 +1,4 @@
-"""gem and agem against numbers worked out by hand.
-
-The oracle model is linear: a memory row carries a vector, and the gradient of its cross-entropy at theta = 0 is exactly
-that vector, so g_k is the mean of the vectors of task k's rows.
-"""
-
-from types import SimpleNamespace
+"""gem and agem against numbers worked out by hand, on the linear model of `tests.support.linear_memory`."""
 
 import numpy as np
 import pytest
@@ -12,68 +6,11 @@ import torch
 from torch import nn
 
 from swift_cl.errors import UserError
-from swift_cl.io import MethodState, load_method_state, save_method_state
+from swift_cl.io import load_method_state, save_method_state
 from swift_cl.methods._projection import LARGEST_WEIGHT, gem_weights, gram
-from swift_cl.methods._row_store import RowStore, SeenTask, StoredRow
-from swift_cl.methods.gem import Gem, GemConfig, MemoryRow, memory_batch, memory_gradient
-from tests.support.fake_context import FakeContext, FakeGradients
-from tests.support.language_model import TokenContext, tiny_lora_model, token_row
+from swift_cl.methods.gem import Gem, GemConfig
+from tests.support.linear_memory import Linear, VectorContext, begun, gradients
 from tests.support.ranks import on_ranks
-
-
-class Linear(nn.Module):
-    """Two classes with logits (-2 v.theta, 0): at theta = 0 the cross-entropy of class 0 has the gradient v."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.theta = nn.Parameter(torch.zeros(width))
-        self.unused = nn.Parameter(torch.zeros(2))  # a trained parameter that the loss does not reach
-
-    def forward(self, vectors):
-        score = -2 * vectors @ self.theta
-        logits = torch.stack([score, torch.zeros_like(score)], dim=-1)
-        return SimpleNamespace(logits=logits.unsqueeze(1).expand(-1, 2, -1))
-
-
-class VectorContext(FakeContext):
-    forwards = 0
-
-    def encode(self, rows):
-        return [{k: row[k] for k in ("vectors", "labels") if k in row} for row in rows]
-
-    def collate(self, encoded):
-        self.forwards += 1
-        return super().collate(encoded)
-
-
-def vector_row(vector, labels=(-100, 0)):
-    messages = [{"role": "user", "content": str(vector)}, {"role": "assistant", "content": "a"}]
-    return {"messages": messages, "vectors": [float(x) for x in vector], "labels": list(labels)}
-
-
-def memory(**tasks):
-    """A stored state with the given rows (vectors) of each task."""
-    store = RowStore(settings={"strategy": "random"})
-    for task, vectors in tasks.items():
-        rows = [StoredRow.of(v if isinstance(v, dict) else vector_row(v), task) for v in vectors]
-        store.add(SeenTask(task, len(rows), 0), rows, store.shares(999, False, len(rows)))
-    return store.state()
-
-
-def begun(tasks, width=2, rank=0, world_size=1, step=0, **settings):
-    """A method that has begun a task with these memories, and its context."""
-    ctx = VectorContext(
-        Linear(width), earlier=list(tasks), state=memory(**tasks) if tasks else None, rank=rank, world_size=world_size
-    )
-    ctx.step = step
-    method = Gem(GemConfig(**settings))
-    method.config.validate()
-    method.train_begin(ctx)
-    return method, ctx
-
-
-def gradients(g):
-    return FakeGradients({"theta": torch.tensor(g, dtype=torch.float32), "unused": torch.zeros(2)})
 
 
 def step_of(g, *memories, **settings):
@@ -235,21 +172,6 @@ def test_a_rank_without_rows_runs_as_many_forwards_as_the_others():
     assert forwards == [3 + 1] * 4
 
 
-def test_memory_batches_follow_seed_step_and_task():
-    rows = [MemoryRow({"number": i}, 1) for i in range(30)]
-
-    def numbers(size, world, seed, step, task):
-        return [row.encoded["number"] for row in memory_batch(rows, size, world, seed, step, task)]
-
-    first = numbers(8, 1, 0, 5, "a")
-    assert first == numbers(8, 2, 0, 5, "a")
-    assert len(set(first)) == 8
-    assert len({tuple(numbers(8, 1, *key)) for key in ((0, 5, "a"), (1, 5, "a"), (0, 6, "a"), (0, 5, "b"))}) == 4
-    assert numbers(0, 1, 0, 5, "a") == list(range(30))
-    assert len(numbers(2, 4, 0, 5, "a")) == 4  # raised to the number of ranks
-    assert len(numbers(99, 1, 0, 5, "a")) == 30
-
-
 def test_refreshed_gradients_are_kept_between_and_survive_a_checkpoint(tmp_path):
     """Stopped after step 4 and resumed equals uninterrupted, bit for bit; between refreshes nothing is recomputed."""
     settings = {"refresh_steps": 3, "mem_batch": 2, "margin": 0.0}
@@ -326,29 +248,6 @@ def test_huge_weights_fall_back_to_a_larger_ridge():
     assert LARGEST_WEIGHT == 1e6
 
 
-def test_memory_rows_without_label_tokens_are_dropped_with_a_count():
-    rows = [(-0.5, 1.0), vector_row((9.0, 9.0), (-100, -100)), vector_row((9.0, 9.0), (0, -100))]
-    method, ctx = begun({"old": rows}, margin=0.0)
-    assert ctx.notices == ["2 of 3 memory rows of task 'old' have no label token"]
-    grads = gradients((1.0, 0.0))
-    method.gradients(ctx, grads)
-    assert close(grads["theta"].tolist(), [0.8, 0.4])
-
-
-def test_a_task_without_usable_memory_is_an_error():
-    with pytest.raises(UserError, match=r"gem\.json: no memory row of task 'b'"):
-        begun({"a": [(1.0, 0.0)], "b": [vector_row((1.0, 0.0), (-100, -100))]})
-
-
-def test_a_missing_memory_is_found_before_the_model_is_loaded():
-    method = Gem(GemConfig())
-    rows = [vector_row((1.0, 0.0))]
-    assert method.prepare_task(VectorContext(), rows) is rows
-    with pytest.raises(UserError, match="no row store"):
-        method.prepare_task(VectorContext(earlier=["old"], state=MethodState()), rows)
-    assert method.prepare_task(VectorContext(earlier=["old"], state=memory(old=[(1.0, 0.0)])), rows) is rows
-
-
 def test_agem_says_which_settings_it_does_not_use():
     _, ctx = begun({"old": [(1.0, 0.0)]}, mode="agem", margin=0.25, eps=1e-3)
     assert len(ctx.notices) == 2
@@ -371,57 +270,6 @@ def test_agem_says_which_settings_it_does_not_use():
 def test_values_out_of_range_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         GemConfig(**settings).validate()
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_memory_grows_by_a_random_sample_of_each_task(world_size):
-    rows = [token_row([i], [2] if i % 5 else []) for i in range(40)]
-
-    def work(ctx):
-        ctx.rows = rows
-        return Gem(GemConfig(memory_size=6)).end_task(ctx)
-
-    def make(rank, size):
-        return TokenContext(task="a", rank=rank, world_size=size)
-
-    first = on_ranks(world_size, make, work)[0]
-    lines = first.rows["store"]
-    assert len(lines) == 6
-    assert all(line["row"]["messages"][-1]["content"] for line in lines)  # rows without an answer are not eligible
-    assert [line["row"] for line in lines] != [row for row in rows if row["messages"][-1]["content"]][:6]
-    assert first.rows == work(TokenContext(task="a")).rows
-
-    def second(rank, size):
-        return TokenContext(task="b", earlier=["a"], state=first, rank=rank, world_size=size)
-
-    both = on_ranks(world_size, second, work)[0]
-    assert [line["task"] for line in both.rows["store"]] == ["a"] * 6 + ["b"] * 6
-    assert both.rows["store"][:6] == lines
-    assert both.meta["store"]["settings"]["budget"] == "per_task"
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_memory_gradient_of_a_real_model_is_the_token_mean(checkpointing, world_size):
-    """Equal to backward of transformers' own loss over all rows at once; p.grad stays as it was."""
-    data = [token_row([3, 4, 5], [6, 7]), token_row([8], [9, 10, 11, 12]), token_row([1, 2], [3])]
-    model = tiny_lora_model(checkpointing)
-    whole = TokenContext(model)
-    names = list(whole.parameters)
-    model(**whole.collate(whole.encode(data))).loss.backward()
-    expected = torch.cat([whole.parameters[name].grad.reshape(-1) for name in names])
-    model.zero_grad(set_to_none=True)
-
-    def work(ctx):
-        ctx.micro_batch = 1
-        parameters = list(ctx.parameters.values())
-        batch = [MemoryRow.of(encoded) for encoded in ctx.encode(data)]
-        sizes = [p.numel() for p in parameters]
-        return memory_gradient(ctx, batch, parameters, sizes, torch.zeros(sum(sizes)))
-
-    for found in on_ranks(world_size, lambda rank, size: TokenContext(model, rank=rank, world_size=size), work):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert all(p.grad is None for p in model.parameters())
 
 
 def test_support():

@@ -14,48 +14,15 @@ from swift_cl.io import MethodState, load_method_state, save_method_state, sha25
 from swift_cl.methods._embeddings import prompt_embeddings
 from swift_cl.methods._row_store import row_id
 from swift_cl.methods._selection import herding_order, kmeans_order, normalised
-from swift_cl.methods.replay import Replay, ReplayConfig, order_for_batches, rows_for_batches
+from swift_cl.methods.replay import Replay
 from swift_cl.stream.readers.messages import read
 from tests.support.fake_context import FakeContext
 from tests.support.language_model import TokenContext, tiny_lora_model, token_row
 from tests.support.ranks import on_ranks
+from tests.support.replayed import mixed, replay, stored, task_rows
 
 NEWS = Path(__file__).resolve().parents[2] / "datasets" / "continual_news_mini"
 WORLD_SIZES = (1, 2, 8)
-
-
-def task_rows(task, count, **columns):
-    """Rows of different prompts; the system prompt names the task."""
-    rows = []
-    for i in range(count):
-        row = token_row([1 + i % 40, 1 + i // 40, 2], [1 + i % 3])
-        row["messages"][0]["content"] = f"you are {task}"
-        rows.append({**row, **{name: values[i % len(values)] for name, values in columns.items()}})
-    return rows
-
-
-def replay(**settings):
-    method = Replay(ReplayConfig(**settings))
-    method.config.validate()
-    return method
-
-
-def stored(sizes, context=TokenContext, prepare=None, **settings):
-    """The state after tasks t0, t1, ... of these sizes."""
-    state = None
-    for number, size in enumerate(sizes):
-        ctx = context(task=f"t{number}", earlier=[f"t{k}" for k in range(number)], state=state)
-        ctx.rows = task_rows(f"t{number}", size) if prepare is None else prepare(number, size)
-        state = replay(**settings).end_task(ctx)
-    return state
-
-
-def mixed(state, current, tasks=1, context=TokenContext, global_batch=8, world_size=1, **settings):
-    """(rows to train on, the record of what was drawn) of the task after the stored ones."""
-    ctx = context(task="now", earlier=[f"t{k}" for k in range(tasks)], state=state, world_size=world_size)
-    ctx.global_batch = global_batch
-    ctx.rows = current
-    return replay(**settings).prepare_task(ctx, current), ctx.records.get("manifest")
 
 
 def tasks_of(rows):
@@ -330,47 +297,6 @@ def test_a_missing_store_is_an_error():
     empty.rows["store"] = []
     with pytest.raises(UserError, match="the row store is empty"):
         mixed(empty, task_rows("now", 9))
-
-
-@pytest.mark.parametrize(("current", "batch", "ratio", "share"), [(70, 8, 0.1, 1), (100, 10, 1.0, 5), (40, 16, 0.5, 5)])
-def test_every_global_batch_holds_its_share(current, batch, ratio, share):
-    state = stored([50])
-    own = task_rows("now", current)
-    rows, record = mixed(state, own, mix="batch", ratio=ratio, global_batch=batch)
-    assert rows[:current] == own
-    assert record["replayed_rows"] == len(rows) - current == rows_for_batches(current, batch, share)
-    assert abs(record["replayed_rows"] - current * share / (batch - share)) <= 0.5
-    ctx = TokenContext(task="now", earlier=["t0"], state=state)
-    ctx.rows, ctx.global_batch = own, batch
-    orders = [replay(mix="batch", ratio=ratio).batch_order(ctx, len(rows), epoch) for epoch in (0, 1)]
-    assert orders[0] != orders[1]
-    assert replay(mix="batch", ratio=ratio).batch_order(ctx, len(rows), 0) == orders[0]
-    for order in orders:
-        assert sorted(order) == list(range(len(rows)))
-        for start in range(0, len(rows) - batch + 1, batch):
-            assert sum(i >= current for i in order[start : start + batch]) == share
-
-
-def test_replayed_rows_lie_anywhere_in_their_batch():
-    order = order_for_batches(70, 10, 8, 1, 0)
-    assert len({next(i for i, row in enumerate(order[s : s + 8]) if row >= 70) for s in range(0, 80, 8)}) > 3
-
-
-def test_only_mix_batch_orders_the_rows():
-    ctx = TokenContext(task="now", earlier=["t0"], state=stored([9]))
-    assert replay().batch_order(ctx, 10, 0) is None
-    assert replay(mix="batch").batch_order(TokenContext(), 10, 0) is None
-
-
-def test_mix_batch_refuses_what_it_cannot_do():
-    with pytest.raises(UserError, match="a global batch of 4 rows would hold 0 replayed ones, allowed: 1 to 3"):
-        mixed(None, task_rows("now", 9), tasks=0, mix="batch", global_batch=4)
-    with pytest.raises(UserError, match="would hold 8 replayed ones, allowed: 1 to 7"):
-        mixed(None, task_rows("now", 9), tasks=0, mix="batch", ratio=20.0)
-    ctx = TokenContext(task="now", earlier=["t0"])
-    ctx.rows = task_rows("now", 70)
-    with pytest.raises(UserError, match="laid out 80 rows, but the training data holds 79"):
-        replay(mix="batch").batch_order(ctx, 79, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""gem's memory: which rows are kept and used, and what their gradient is."""
+
+import pytest
+import torch
+
+from swift_cl.errors import UserError
+from swift_cl.io import MethodState
+from swift_cl.methods.gem import Gem, GemConfig, MemoryRow, memory_batch, memory_gradient
+from tests.support.language_model import TokenContext, tiny_lora_model, token_row
+from tests.support.linear_memory import VectorContext, begun, gradients, memory, vector_row
+from tests.support.ranks import on_ranks
+
+
+def test_memory_batches_follow_seed_step_and_task():
+    rows = [MemoryRow({"number": i}, 1) for i in range(30)]
+
+    def numbers(size, world, seed, step, task):
+        return [row.encoded["number"] for row in memory_batch(rows, size, world, seed, step, task)]
+
+    first = numbers(8, 1, 0, 5, "a")
+    assert first == numbers(8, 2, 0, 5, "a")
+    assert len(set(first)) == 8
+    assert len({tuple(numbers(8, 1, *key)) for key in ((0, 5, "a"), (1, 5, "a"), (0, 6, "a"), (0, 5, "b"))}) == 4
+    assert numbers(0, 1, 0, 5, "a") == list(range(30))
+    assert len(numbers(2, 4, 0, 5, "a")) == 4  # raised to the number of ranks
+    assert len(numbers(99, 1, 0, 5, "a")) == 30
+
+
+def test_memory_rows_without_label_tokens_are_dropped_with_a_count():
+    rows = [(-0.5, 1.0), vector_row((9.0, 9.0), (-100, -100)), vector_row((9.0, 9.0), (0, -100))]
+    method, ctx = begun({"old": rows}, margin=0.0)
+    assert ctx.notices == ["2 of 3 memory rows of task 'old' have no label token"]
+    grads = gradients((1.0, 0.0))
+    method.gradients(ctx, grads)
+    assert grads["theta"].tolist() == pytest.approx([0.8, 0.4], abs=1e-5)
+
+
+def test_a_task_without_usable_memory_is_an_error():
+    with pytest.raises(UserError, match=r"gem\.json: no memory row of task 'b'"):
+        begun({"a": [(1.0, 0.0)], "b": [vector_row((1.0, 0.0), (-100, -100))]})
+
+
+def test_a_missing_memory_is_found_before_the_model_is_loaded():
+    method = Gem(GemConfig())
+    rows = [vector_row((1.0, 0.0))]
+    assert method.prepare_task(VectorContext(), rows) is rows
+    with pytest.raises(UserError, match="no row store"):
+        method.prepare_task(VectorContext(earlier=["old"], state=MethodState()), rows)
+    assert method.prepare_task(VectorContext(earlier=["old"], state=memory(old=[(1.0, 0.0)])), rows) is rows
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_memory_grows_by_a_random_sample_of_each_task(world_size):
+    rows = [token_row([i], [2] if i % 5 else []) for i in range(40)]
+
+    def work(ctx):
+        ctx.rows = rows
+        return Gem(GemConfig(memory_size=6)).end_task(ctx)
+
+    def make(rank, size):
+        return TokenContext(task="a", rank=rank, world_size=size)
+
+    first = on_ranks(world_size, make, work)[0]
+    lines = first.rows["store"]
+    assert len(lines) == 6
+    assert all(line["row"]["messages"][-1]["content"] for line in lines)  # rows without an answer are not eligible
+    assert [line["row"] for line in lines] != [row for row in rows if row["messages"][-1]["content"]][:6]
+    assert first.rows == work(TokenContext(task="a")).rows
+
+    def second(rank, size):
+        return TokenContext(task="b", earlier=["a"], state=first, rank=rank, world_size=size)
+
+    both = on_ranks(world_size, second, work)[0]
+    assert [line["task"] for line in both.rows["store"]] == ["a"] * 6 + ["b"] * 6
+    assert both.rows["store"][:6] == lines
+    assert both.meta["store"]["settings"]["budget"] == "per_task"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_memory_gradient_of_a_real_model_is_the_token_mean(checkpointing, world_size):
+    """Equal to backward of transformers' own loss over all rows at once; p.grad stays as it was."""
+    data = [token_row([3, 4, 5], [6, 7]), token_row([8], [9, 10, 11, 12]), token_row([1, 2], [3])]
+    model = tiny_lora_model(checkpointing)
+    whole = TokenContext(model)
+    names = list(whole.parameters)
+    model(**whole.collate(whole.encode(data))).loss.backward()
+    expected = torch.cat([whole.parameters[name].grad.reshape(-1) for name in names])
+    model.zero_grad(set_to_none=True)
+
+    def work(ctx):
+        ctx.micro_batch = 1
+        parameters = list(ctx.parameters.values())
+        batch = [MemoryRow.of(encoded) for encoded in ctx.encode(data)]
+        sizes = [p.numel() for p in parameters]
+        return memory_gradient(ctx, batch, parameters, sizes, torch.zeros(sum(sizes)))
+
+    for found in on_ranks(world_size, lambda rank, size: TokenContext(model, rank=rank, world_size=size), work):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in model.parameters())
