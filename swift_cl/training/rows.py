@@ -24,6 +24,7 @@ def rows_of(dataset: Any, default_system: str | None) -> list[TrainingRow]:
     rows = []
     for raw in dataset:
         row: TrainingRow = _drop_none(dict(raw))
+        row.pop("dataset", None)  # ms-swift's note of the file's path, which would tie stored rows to this machine
         messages = row["messages"]
         if not messages or messages[0]["role"] != "system":
             row["messages"] = [{"role": "system", "content": default_system or ""}, *messages]
