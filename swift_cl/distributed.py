@@ -76,6 +76,11 @@ def _full_shape(parameter: "nn.Parameter") -> "torch.Size":
     return shape
 
 
+def is_partitioned(tensor: "Tensor") -> bool:
+    """Whether ZeRO-3 holds this tensor in parts, so that its values are not here."""
+    return hasattr(tensor, "ds_shape")
+
+
 def _full_size(parameter: "nn.Parameter") -> int:
     return _full_shape(parameter).numel()
 

@@ -157,3 +157,28 @@ def test_mixed_precision(work: Path, method: str, checkpointing: bool) -> None:
     assert all(bool(torch.isfinite(t).all()) for t in after.values())
     before = adapter(first)
     assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("tuner", ["lora", "full"])
+def test_a_stage_that_starts_from_other_weights_is_stopped(
+    tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch, tuner: str
+) -> None:
+    """The seed systems trained every year from the base model, unnoticed: here the loaded weights are compared."""
+    from swift.pipelines import SwiftSft
+
+    from swift_cl.errors import RunFailure
+
+    settings = {"tuner_type": "full", "learning_rate": 1e-4} if tuner == "full" else {}
+    first = tmp_path / "1"
+    train_stage("seq", TASKS[0], first, max_steps=1, **settings)
+    original = SwiftSft.prepare_model
+
+    def loses_weights(self: object, *args: object, **kwargs: object) -> object:
+        model = original(*args, **kwargs)
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).mul_(0.5)
+        return model
+
+    monkeypatch.setattr(SwiftSft, "prepare_model", loses_weights)
+    with pytest.raises(RunFailure, match="loaded with other values: the chain is broken"):
+        train_stage("seq", TASKS[1], tmp_path / "2", first, max_steps=1, **settings)
