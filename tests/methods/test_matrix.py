@@ -76,7 +76,7 @@ def test_second_task_differs_from_seq(tmp_path: Path, method: str) -> None:
     one, two = contradicting_rows(tmp_path)
     settings = {"max_steps": 10, "learning_rate": 1e-2, "save_steps": 100}
     first, ours, plain = tmp_path / "1", tmp_path / "2", tmp_path / "seq"
-    train_stage(method, TASKS[0], first, dataset=str(one), **settings)
+    train_stage(method, TASKS[0], first, dataset=str(one), **{**settings, "max_steps": 30})
     train_stage(method, TASKS[1], ours, first, dataset=str(two), **settings)
     train_stage("seq", TASKS[1], plain, first, dataset=str(two), **settings)
     assert any(not torch.equal(adapter(ours)[name], tensor) for name, tensor in adapter(plain).items())
