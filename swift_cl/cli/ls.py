@@ -90,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     columns = [key for key in (rows[0] if rows else {}) if key not in ("flags", "paper")]
-    table = Table(*columns)
+    table = Table()
+    for column in columns:
+        # Names are what one copies from here, so they are never wrapped, however narrow the terminal.
+        longest = max(len(str(row[column])) for row in rows) if column == "name" else None
+        table.add_column(column, no_wrap=column == "name", min_width=longest, overflow="fold")
     for row in rows:
         table.add_row(
             *(", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in row.items() if k in columns)
