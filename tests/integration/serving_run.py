@@ -28,7 +28,7 @@ def make_run(out: Path, base: Path, seed: int = 1) -> Path:
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
         for name, tensor in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(tensor, std=0.05)
+                torch.nn.init.normal_(tensor, std=0.12)
         folder = out / stage_dir_name(index, task.name)
         model.save_pretrained(folder / "adapter")
         digest = sha256_file(folder / "adapter" / "adapter_model.safetensors")
