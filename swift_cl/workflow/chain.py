@@ -7,7 +7,7 @@ from typing import Any
 
 from swift_cl import distributed
 from swift_cl.io import read_json
-from swift_cl.stages import STAGE_FILE, Stage, check_started_from, load_stage
+from swift_cl.stages import STAGE_FILE, Run, Stage, check_started_from, load_stage
 from swift_cl.workflow.plan import PLAN_FILE
 
 
@@ -30,6 +30,13 @@ def finished(folder: Path, previous: Stage | None) -> Stage | None:
     return stage
 
 
+def record(folder: Path, first: Stage) -> None:
+    """Write run.json from plan.json and the run's first stage: what the evaluation reads."""
+    plan = read_json(folder / PLAN_FILE)
+    described = {key: plan[key] for key in ("name", "benchmark", "data_dir", "order", "method", "seed")}
+    Run(dir=folder, model=first.base_model, model_args=first.model_args, stages=[], **described).save()
+
+
 def train_plan(plan: dict[str, Any], shared: tuple[Any, Any] | None, done: int, total: int) -> tuple[Any, int]:
     """Train what is missing of one plan; returns the base model for the next plan and the count of stages done."""
     from swift_cl.training.sft import CLSft
@@ -43,6 +50,7 @@ def train_plan(plan: dict[str, Any], shared: tuple[Any, Any] | None, done: int, 
         if stage is not None:
             say(f"{label} is finished already")
             previous = stage
+            _record(folder.parent, stage)
             continue
         say(f"{label}: training")
         started = time.time()
@@ -53,8 +61,15 @@ def train_plan(plan: dict[str, Any], shared: tuple[Any, Any] | None, done: int, 
         del sft
         gc.collect()
         previous = load_stage(folder)
+        _record(folder.parent, previous)
         say(f"{label}: done in {time.time() - started:.0f} s ({previous.train['steps']} steps)")
     return shared, done
+
+
+def _record(folder: Path, stage: Stage) -> None:
+    # After a run's first stage, not at the end of all: what is finished can be evaluated while the rest is trained.
+    if stage.index == 0 and distributed.world()[0] == 0:
+        record(folder, stage)
 
 
 def main(run_dirs: list[str]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import write_jsonl
-from swift_cl.stages import STAGE_FILE, Run, check_started_from, load_stage
+from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark
+from swift_cl.workflow.chain import record
 from swift_cl.workflow.config import RunConfig
 from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, flags, make_plans, training_file
 
@@ -72,18 +73,7 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
         stages = [load_stage(Path(stage.dir)) for stage in plan.stages]
         for stage, previous in zip(stages, [None, *stages], strict=False):
             check_started_from(stage, previous)
-        Run(
-            dir=Path(plan.run_dir),
-            name=plan.name,
-            benchmark=plan.benchmark,
-            data_dir=plan.data_dir,
-            order=plan.order,
-            method=plan.method,
-            model=stages[0].base_model,
-            model_args=stages[0].model_args,
-            seed=plan.seed,
-            stages=stages,
-        ).save()
+        record(Path(plan.run_dir), stages[0])
 
 
 def eval_argv(config: RunConfig, plans: list[RunPlan]) -> list[str]:

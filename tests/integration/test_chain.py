@@ -97,6 +97,8 @@ def test_killed_chain_continues_with_the_same_result(chain: Path, tmp_path: Path
     process.wait()
     assert watched.exists()
     assert not (watched.parent.parent / "stage.json").exists(), "killed too late to show anything"
+    for method in ("seq", "cia"):
+        assert load_run(tmp_path / "runs" / method).benchmark, "what is finished cannot be evaluated before all is"
     again = run_swift_cl("run", str(config), "--mode", "train_only")
     assert again.stdout.count("is finished already") == 3
     for method in ("seq", "cia"):
