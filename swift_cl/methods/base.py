@@ -259,7 +259,7 @@ class Method:
         return None
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
-        """Add or freeze parts of the model."""
+        """Add, freeze or set parts of the model; `ctx.model` and `ctx.parameters` are the tuner's, before any change."""
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
