@@ -2,10 +2,10 @@
 
     python tests/benchmarks/step_cost.py --model ../shared/bench/base --data ../shared/bench/data/cl_benchmark
 
-Every method trains a second task in turn, several rounds over, in one process with one loaded base model. Rows are chosen
-of nearly equal length and every round takes the same ones, so the k-th step is the same work in every round, and its
-lowest time over the rounds is the time that nothing else on the machine disturbed. A ratio is the sum of these lowest
-times over seq's. The bound is what the design allows. Exit code 1 beyond a bound with --check.
+Every method trains a second task in turn, several rounds over, in one process with one loaded base model. Rows are
+chosen of nearly equal length and every round takes the same ones, so the k-th step is the same work in every round, and
+its lowest time over the rounds is the time that nothing else on the machine disturbed. A ratio is the sum of these
+lowest times over seq's. The bound is what the design allows. Exit code 1 beyond a bound with --check.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class PeakMemory:
 
 
 def _rows(data: Path | None, task: str, count: int, folder: Path) -> Path:
-    """Every second row of one source for each task, out of those of the most common length: steps are then equal work."""
+    """Every second row of one source for each task, out of those of middle length: steps are then equal work."""
     from swift_cl.stream.readers import read_rows
 
     if data is None:
