@@ -259,7 +259,7 @@ class Method:
         return None
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
-        """Add, freeze or set parts of the model; `ctx.model` and `ctx.parameters` are the tuner's, before any change."""
+        """Add, freeze or set parts of the model; `ctx.parameters` are those that the tuner trains."""
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:

@@ -83,7 +83,8 @@ def orthonormal_rows(a: "Tensor", name: str) -> "Tensor":
         raise UserError(f"--lora_rank is {rank}, but {name} has {width} inputs; method 'slao' allows at most as many")
     q, r = torch.linalg.qr(a.detach().cpu().double().T)
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return (q * signs).T.float()
+    basis: Tensor = (q * signs).T.float()
+    return basis
 
 
 def _is_a(name: str) -> bool:

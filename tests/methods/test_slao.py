@@ -49,7 +49,7 @@ def test_a_wide_matrix_keeps_its_row_space() -> None:
 
 
 def test_more_rows_than_inputs_are_refused() -> None:
-    with pytest.raises(UserError, match="--lora_rank is 3, but .* has 2 inputs"):
+    with pytest.raises(UserError, match=r"--lora_rank is 3, but .* has 2 inputs"):
         orthonormal_rows(torch.randn(3, 2), A)
 
 
