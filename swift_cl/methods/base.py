@@ -224,6 +224,8 @@ class Method:
         needs_nonreentrant_checkpointing: calls torch.autograd.grad, which reentrant checkpointing forbids.
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
+        starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
+            of the stage before.
     """
 
     name: ClassVar[str]
@@ -234,6 +236,7 @@ class Method:
     needs_nonreentrant_checkpointing: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
+    starts_fresh: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config

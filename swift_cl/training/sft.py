@@ -147,7 +147,7 @@ class CLSft(SwiftSft):
 
     def prepare_model(self, args: Any, model: Any, **kwargs: Any) -> Any:
         model = super().prepare_model(args, model, **kwargs)
-        if self._previous is not None and not args.resume_from_checkpoint:
+        if self._previous is not None and not args.resume_from_checkpoint and not self._method.starts_fresh:
             self._assert_started_from_previous(model)
         return self.session.prepare_model(model)
 
