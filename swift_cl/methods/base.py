@@ -13,6 +13,7 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
       checkpoint_state(ctx)        with every checkpoint: what a resumed run needs (restore_checkpoint gets it back)
     end_task(ctx)                  every rank, model still alive: the state that the next task needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
+    export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
     route(ctx, request)            only for methods that choose an adapter at inference
 
 A method never asks which engine runs it: gradients, weights and reductions come from `TaskContext`.
@@ -297,6 +298,10 @@ class Method:
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """The weights to keep, by the names of `ctx.parameters`; unchanged by default."""
         return tensors
+
+    def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
+        """The content of the kept adapter's adapter_config.json; unchanged by default."""
+        return config
 
 
 def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -1,13 +1,13 @@
 """slao: one LoRA for all tasks, merged after each task; a new task starts from the last one's orthonormalised A."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._adapters import check_plain_lora, is_lora_a
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext
 
@@ -37,13 +37,13 @@ class Slao(Method):
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
-        _check_names(ctx.parameters)
+        check_plain_lora(self.name, ctx.parameters)
         if not ctx.earlier:
             return model
         state = ctx.previous_state()
         check_shapes(self.name, state.meta["parameters"], shapes_of(ctx.parameters))
         for name, trained in unpack(state.tensors, "trained").items():
-            start = orthonormal_rows(trained, name) if _is_a(name) else trained
+            start = orthonormal_rows(trained, name) if is_lora_a(name) else trained
             with torch.no_grad():
                 ctx.parameters[name].copy_(start)
         return model
@@ -61,7 +61,7 @@ class Slao(Method):
 
     def end_task(self, ctx: TaskContext) -> MethodState:
         trained = {name: weight.detach().cpu() for name, weight in ctx.weights().items()}
-        merged = {name: weight.clone() for name, weight in self.export(ctx, trained).items() if not _is_a(name)}
+        merged = {name: weight.clone() for name, weight in self.export(ctx, trained).items() if not is_lora_a(name)}
         return MethodState(pack(trained=trained, merged=merged), {"parameters": shapes_of(trained)})
 
 
@@ -85,16 +85,3 @@ def orthonormal_rows(a: "Tensor", name: str) -> "Tensor":
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
     basis: Tensor = (q * signs).T.float()
     return basis
-
-
-def _is_a(name: str) -> bool:
-    return ".lora_A." in f".{name}."
-
-
-def _check_names(names: Iterable[str]) -> None:
-    other = [name for name in names if not _is_a(name) and ".lora_B." not in f".{name}."]
-    if other:
-        raise UserError(
-            f"method 'slao' merges the matrices A and B of LoRA on linear layers, but these are trained too: "
-            f"{', '.join(other[:3])}; leave out biases, DoRA, modules_to_save and embeddings"
-        )

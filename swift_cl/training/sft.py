@@ -249,6 +249,9 @@ class CLSft(SwiftSft):
             trainer._save_model(str(temporary), state)
             if folder == "model":
                 self.processor.save_pretrained(temporary) if hasattr(self.processor, "save_pretrained") else None
+            else:
+                config = temporary / "adapter_config.json"
+                write_json(config, self._method.export_config(self.session, read_json(config)))
             shutil.copy(output_dir / "args.json", temporary / "args.json")
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
