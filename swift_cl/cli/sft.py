@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
             check_model(model)
         check_data(given.get("dataset", []))
         previous = load_previous(first(given, "cl_previous"))
-        start_of_stage(given, previous)
+        start_of_stage(given, previous, method)
         stage = finished_stage(given, previous)
         if stage is not None:
             print(f"stage {stage.task} is finished already: {stage.dir}")

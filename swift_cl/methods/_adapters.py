@@ -4,7 +4,7 @@ PEFT's own calls do more than that: `add_adapter` and `set_adapter` change `requ
 issue 3580), which would silently freeze what is trained or train what is history.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,32 @@ def is_peft(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
+def is_lora_a(name: str) -> bool:
+    """Whether a parameter is a matrix A of LoRA on a linear layer."""
+    return ".lora_A." in name
+
+
+def lora_twin(name: str) -> str:
+    """The name of the B that belongs to an A."""
+    return name.replace(".lora_A.", ".lora_B.")
+
+
+def check_plain_lora(method: str, names: Iterable[str]) -> None:
+    """Refuse to go on where something else than A and B of LoRA on linear layers is trained."""
+    other = [name for name in names if not is_lora_a(name) and ".lora_B." not in name]
+    if other:
+        raise UserError(
+            f"method '{method}' works on the matrices A and B of LoRA on linear layers, but these are trained too: "
+            f"{', '.join(other[:3])}; leave out biases, DoRA, modules_to_save and embeddings"
+        )
+
+
+def activate(model: Any, *names: str) -> None:
+    """Let every forward from now on sum up these adapters; trained and frozen stay what they were."""
+    for layer in AdapterSwitch(model).layers:
+        layer._active_adapter = list(names)
+
+
 class AdapterSwitch:
     """Makes other adapters active for one forward; trained and frozen stay what they were.
 
@@ -40,18 +66,18 @@ class AdapterSwitch:
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-        self._layers = [module for module in model.modules() if isinstance(module, wrappers)]
+        self.layers = [module for module in model.modules() if isinstance(module, wrappers)]
 
     @contextmanager
     def active(self, *names: str) -> Iterator[None]:
         """Forward with these adapters; with none of them it is the untouched base model."""
-        before = [layer._active_adapter for layer in self._layers]
+        before = [layer._active_adapter for layer in self.layers]
         try:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer._active_adapter = list(names)
             yield
         finally:
-            for layer, adapter in zip(self._layers, before, strict=True):
+            for layer, adapter in zip(self.layers, before, strict=True):
                 layer._active_adapter = adapter
 
 

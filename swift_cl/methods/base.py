@@ -13,6 +13,7 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
       checkpoint_state(ctx)        with every checkpoint: what a resumed run needs (restore_checkpoint gets it back)
     end_task(ctx)                  every rank, model still alive: the state that the next task needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
+    export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
     route(ctx, request)            only for methods that choose an adapter at inference
 
 A method never asks which engine runs it: gradients, weights and reductions come from `TaskContext`.
@@ -224,6 +225,8 @@ class Method:
         needs_nonreentrant_checkpointing: calls torch.autograd.grad, which reentrant checkpointing forbids.
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
+        starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
+            of the stage before.
     """
 
     name: ClassVar[str]
@@ -234,6 +237,7 @@ class Method:
     needs_nonreentrant_checkpointing: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
+    starts_fresh: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -259,7 +263,7 @@ class Method:
         return None
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
-        """Add or freeze parts of the model."""
+        """Add, freeze or set parts of the model; `ctx.parameters` are those that the tuner trains."""
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
@@ -294,6 +298,10 @@ class Method:
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         """The weights to keep, by the names of `ctx.parameters`; unchanged by default."""
         return tensors
+
+    def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
+        """The content of the kept adapter's adapter_config.json; unchanged by default."""
+        return config
 
 
 def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:

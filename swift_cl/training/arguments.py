@@ -67,7 +67,7 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     if method is not None:
         check_data(given.get("dataset", []))
         previous = load_previous(first(given, "cl_previous"))
-        adapter, start_model = start_of_stage(given, previous)
+        adapter, start_model = start_of_stage(given, previous, method)
         if adapter is not None and "adapters" not in given:
             argv += ["--adapters", adapter]
         if start_model is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from swift_cl.errors import UserError
 from swift_cl.io import read_json, sha256_file
+from swift_cl.methods.base import Method
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage, check_started_from, load_stage
 from swift_cl.stream.readers import read_rows
 from swift_cl.stream.readers.messages import raw_rows
@@ -122,14 +123,24 @@ def finished_stage(given: dict[str, list[str]], previous: Stage | None) -> Stage
     return stage
 
 
-def start_of_stage(given: dict[str, list[str]], previous: Stage | None) -> tuple[str | None, str | None]:
-    """(adapter to continue, model to start from instead of --model) of a stage.
+def _other_base(previous: Stage, model: str) -> UserError:
+    return UserError(
+        f"--cl_previous {previous.dir}: trained on base model {previous.base_model}, but --model is {model}"
+    )
+
+
+def start_of_stage(
+    given: dict[str, list[str]], previous: Stage | None, method: type[Method] = Method
+) -> tuple[str | None, str | None]:
+    """(adapter to continue, model to start from instead of --model) of a stage; None, None where a method starts fresh.
 
     Raises:
         UserError: the adapter does not exist, is not the previous stage's, or does not fit the base model.
     """
     model = first(given, "model")
     adapters = given.get("adapters", [])
+    if adapters and method.starts_fresh:
+        raise UserError(f"--adapters does not work with method '{method.name}': every stage begins with a new adapter")
     if len(adapters) > 1:
         raise UserError(f"--adapters names {len(adapters)} adapters, a stage continues exactly one")
     for adapter in adapters:
@@ -147,13 +158,15 @@ def start_of_stage(given: dict[str, list[str]], previous: Stage | None) -> tuple
         raise UserError(
             f"--tuner_type is {tuner!r}, but the previous stage {previous.dir} used {previous.tuner_type!r}"
         )
+    if method.starts_fresh:
+        if model and not _same_model(previous.base_model, model):
+            raise _other_base(previous, model)
+        return None, None
     if previous.tuner_type == "full":
         if adapters:
             raise UserError("--adapters does not work with --tuner_type full")
         if model and Path(model).resolve() != previous.weights_dir and not _same_model(previous.base_model, model):
-            raise UserError(
-                f"--cl_previous {previous.dir}: trained on base model {previous.base_model}, but --model is {model}"
-            )
+            raise _other_base(previous, model)
         return None, str(previous.weights_dir)
     if adapters and Path(adapters[0]).resolve() != previous.weights_dir:
         raise UserError(

@@ -177,12 +177,16 @@ class Session:
 
     def prepare_model(self, model: Any) -> Any:
         """Let the method extend the model, and fix the names of what is trained."""
+        self._name_parameters(model)
         model = self.method.prepare_model(self, model)
+        self._name_parameters(model)
+        return model
+
+    def _name_parameters(self, model: Any) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._live_names = {parameter_name(name): name for name, _ in named}
         self.parameters = {parameter_name(name): p for name, p in named}
         self.model = model
-        return model
 
     def attach(self, trainer: Any) -> None:
         """Called when training begins, with the final engine, optimizer and weights."""

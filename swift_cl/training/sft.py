@@ -147,7 +147,7 @@ class CLSft(SwiftSft):
 
     def prepare_model(self, args: Any, model: Any, **kwargs: Any) -> Any:
         model = super().prepare_model(args, model, **kwargs)
-        if self._previous is not None and not args.resume_from_checkpoint:
+        if self._previous is not None and not args.resume_from_checkpoint and not self._method.starts_fresh:
             self._assert_started_from_previous(model)
         return self.session.prepare_model(model)
 
@@ -249,6 +249,9 @@ class CLSft(SwiftSft):
             trainer._save_model(str(temporary), state)
             if folder == "model":
                 self.processor.save_pretrained(temporary) if hasattr(self.processor, "save_pretrained") else None
+            else:
+                config = temporary / "adapter_config.json"
+                write_json(config, self._method.export_config(self.session, read_json(config)))
             shutil.copy(output_dir / "args.json", temporary / "args.json")
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
