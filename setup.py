@@ -26,7 +26,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["swift_cl", "swift_cl.*"]),
-    package_data={"swift_cl": ["py.typed", "report/templates/*", "serving/worker/*.py"]},
+    package_data={"swift_cl": ["py.typed", "report/templates/*", "serving/worker/*.py", "stream/benchmarks/*.yaml"]},
     install_requires=[
         "ms-swift>=4.6,<5",
         "torch>=2.4",

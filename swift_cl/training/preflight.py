@@ -5,8 +5,8 @@ from pathlib import Path
 from swift_cl.errors import UserError
 from swift_cl.io import read_json, sha256_file
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage, check_started_from, load_stage
+from swift_cl.stream.files import raw_rows
 from swift_cl.stream.readers import read_rows
-from swift_cl.stream.readers.messages import raw_rows
 from swift_cl.training.checkpoints import find_stage_dir, safetensors_complete
 from swift_cl.training.flags import TRUE, first
 

@@ -1,0 +1,56 @@
+"""The benchmarks that are known by name: one YAML file each in `benchmarks/`. Their data is not part of the package."""
+
+import os
+from pathlib import Path
+
+from swift_cl.errors import UserError, did_you_mean
+
+FOLDER = Path(__file__).resolve().parent / "benchmarks"
+DATA_DIR = "DATA_DIR"
+
+
+def files() -> list[Path]:
+    """The benchmark files, by name."""
+    return sorted(FOLDER.glob("*.yaml"), key=lambda path: path.stem.casefold())
+
+
+def _key(name: str) -> str:
+    return name.casefold().replace("-", "_")
+
+
+def find(path: Path) -> Path:
+    """The file of a benchmark: `path` itself where it exists, else the file of the benchmark that has this name.
+
+    Upper and lower case and `-` and `_` are alike in a name. A path that is neither comes back unchanged when it is
+    plainly meant as a path.
+
+    Raises:
+        UserError: there is neither such a file nor a benchmark of this name.
+    """
+    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
+        return path
+    known = {_key(file.stem): file for file in files()}
+    found = known.get(_key(path.name))
+    if found is None:
+        names = [file.stem for file in files()]
+        hint = did_you_mean(path.name, names)
+        raise UserError(f"{path}: file not found, and no benchmark has this name; known: {', '.join(names)}{hint}")
+    return found
+
+
+def holds(path: Path) -> bool:
+    """Whether a benchmark file is one of the catalogue."""
+    return path.resolve().parent == FOLDER
+
+
+def data_folder(name: str) -> Path:
+    """Where the data of a benchmark is looked for.
+
+    That is `$DATA_DIR/<name>` if there is such a folder, else `$DATA_DIR`; without that variable `datasets/<name>`
+    below the working directory.
+    """
+    given = os.environ.get(DATA_DIR)
+    if not given:
+        return Path("datasets", name).absolute()
+    inside = Path(given).expanduser().absolute() / name
+    return inside if inside.is_dir() else inside.parent
