@@ -44,13 +44,6 @@ def holds(path: Path) -> bool:
 
 
 def data_folder(name: str) -> Path:
-    """Where the data of a benchmark is looked for.
-
-    That is `$DATA_DIR/<name>` if there is such a folder, else `$DATA_DIR`; without that variable `datasets/<name>`
-    below the working directory.
-    """
+    """Where the data of a benchmark is looked for: `$DATA_DIR`, else `datasets/<name>` below the working directory."""
     given = os.environ.get(DATA_DIR)
-    if not given:
-        return Path("datasets", name).absolute()
-    inside = Path(given).expanduser().absolute() / name
-    return inside if inside.is_dir() else inside.parent
+    return Path(given).expanduser().absolute() if given else Path("datasets", name).absolute()

@@ -54,20 +54,22 @@ def _only_benchmark(path: Path, folder: str) -> tuple[str, dict[str, Any]]:
     return name, benchmarks[name]
 
 
-def _entry(datasets: dict[str, Any], task: str, split: str) -> str | None:
+def _entry(path: Path, datasets: dict[str, Any], task: str, split: str) -> str | None:
     """The key of a task's data: `<task>_<split>`, or `<task>` where its own split is this one (train if unnamed)."""
-    own = datasets.get(task)
-    if split == "train" and isinstance(own, dict) and own.get("split", "train") == "train":
+    own = datasets.get(task, {})
+    if not isinstance(own, dict):
+        raise UserError(f"{path}: {task!r} is {type(own).__name__}, expected an object")
+    if task in datasets and split == "train" and own.get("split", "train") == "train":
         return task
     if f"{task}_{split}" in datasets:
         return f"{task}_{split}"
-    return task if isinstance(own, dict) and own.get("split") == split else None
+    return task if own.get("split") == split else None
 
 
 def _task(path: Path, root: Path, task: str, datasets: dict[str, Any]) -> Task:
     formats, files, options = [], [], []
     for split in ("train", "test"):
-        key = _entry(datasets, task, split)
+        key = _entry(path, datasets, task, split)
         if key is None:
             hint = did_you_mean(task, list(datasets))
             raise UserError(f"{path}: no {split} data for task {task!r}: neither {task}_{split} nor {task}{hint}")

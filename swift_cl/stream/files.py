@@ -28,7 +28,7 @@ def table_rows(path: Path) -> list[Any]:
 
 def raw_rows(path: Path) -> list[Any]:
     """The JSON values of an array or of JSON lines; malformed JSON is an error that names the row."""
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
@@ -43,10 +43,6 @@ def raw_rows(path: Path) -> list[Any]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, row {number}: not valid JSON ({error})") from None
     return rows
-
-
-def _text(path: Path) -> str:
-    return read_text(path).removeprefix("\ufeff")  # the byte order mark that Windows programs write
 
 
 def _rows_before(text: str) -> int:
@@ -67,7 +63,7 @@ def csv_lines(path: Path) -> list[list[str]]:
     delimiter = "\t" if path.suffix == ".tsv" else ","
     lines: list[list[str]] = []
     try:
-        for line in csv.reader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True):
+        for line in csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True):
             if line:
                 lines.append(line)
     except csv.Error as error:

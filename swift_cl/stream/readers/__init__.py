@@ -57,9 +57,8 @@ def parse_options(file_format: str, options: Mapping[str, Any]) -> Any:
             ) from None
         key = ".".join(map(str, first["loc"]))
         found = "" if first["type"] == "missing" or not key else f", found {first.get('input')!r}"
-        raise UserError(
-            f"options of format {file_format!r}: {f'{key}: ' if key else ''}{first['msg']}{found}"
-        ) from None
+        said = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"options of format {file_format!r}: {f'{key}: ' if key else ''}{said}{found}") from None
 
 
 def locate(root: Path, text: str, file_format: str) -> Path:
