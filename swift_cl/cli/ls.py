@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 KINDS = ("methods", "tuners", "benchmarks", "scorers")
@@ -74,10 +75,17 @@ def _scorers() -> list[dict[str, Any]]:
             "name": name,
             "direction": "higher is better" if scorer.HIGHER_IS_BETTER else "lower is better",
             "range": list(scorer.RANGE),
-            "title": (scorer.__doc__ or name).strip().splitlines()[0],
+            "needs": getattr(scorer, "NEEDS", ""),
+            "cell": getattr(scorer, "CELL", "mean of the answers' scores"),
+            "options": _options(scorer),
+            "title": (scorer.__doc__ or name).strip().splitlines()[0].partition(":")[0].rstrip("."),
         }
         for name, scorer in ((name, module(name)) for name in names())
     ]
+
+
+def _options(scorer: ModuleType) -> list[str]:
+    return list(scorer.Options.model_fields) if hasattr(scorer, "Options") else []
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    columns = [key for key in (rows[0] if rows else {}) if key not in ("flags", "paper")]
+    columns = [key for key in (rows[0] if rows else {}) if key not in ("flags", "paper", "cell", "options")]
     table = Table()
     for column in columns:
         # Names are what one copies from here, so they are never wrapped, however narrow the terminal.

@@ -15,6 +15,8 @@ from swift_cl.stream.rows import Row
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
+ScorerOptions = Mapping[str, Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -26,6 +28,7 @@ class Task:
         file_format: the reader, see `swift_cl.stream.readers`.
         system: the system prompt of the stage that learns this task; None for the template's default.
         scorers: scorer names for this task, or empty where the benchmark's apply.
+        scorer_options: settings by scorer name, which win over the benchmark's key by key.
         train_limit, test_limit: only the first so many rows.
     """
 
@@ -37,6 +40,7 @@ class Task:
     scorers: tuple[str, ...] = ()
     train_limit: int | None = None
     test_limit: int | None = None
+    scorer_options: ScorerOptions = field(default_factory=dict)
 
     def train_rows(self) -> list[Row]:
         """The rows to learn from."""
@@ -49,7 +53,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks, orders, scorers and generation settings, as read from a benchmark file."""
+    """Tasks, orders, scorers and generation settings, as read from a benchmark file.
+
+    `scorer_options` are settings by scorer name; the scorers themselves check them (`swift_cl.evaluation.scorers`).
+    """
 
     name: str
     path: Path
@@ -57,6 +64,7 @@ class Benchmark:
     orders: Mapping[str, tuple[str, ...]]
     scorers: tuple[str, ...]
     generation: Mapping[str, Any] = field(default_factory=dict)
+    scorer_options: ScorerOptions = field(default_factory=dict)
 
     def order(self, name: str | None = None) -> list[Task]:
         """The tasks of an order; without a name, of `default`, or else of the first one in the file."""
@@ -76,6 +84,7 @@ class _TaskModel(BaseModel):
     format: str | None = None
     system: str | None = None
     scorers: list[str] = []
+    scorer_options: dict[str, dict[str, Any]] = {}
     train_limit: int | None = Field(default=None, ge=1)
     test_limit: int | None = Field(default=None, ge=1)
 
@@ -90,6 +99,7 @@ class BenchmarkModel(BaseModel):
     tasks: list[_TaskModel] = Field(min_length=1)
     orders: dict[str, list[str]] = {}
     scorers: list[str] = ["similarity"]
+    scorer_options: dict[str, dict[str, Any]] = {}
     generation: dict[str, Any] = {}
 
 
@@ -148,6 +158,7 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             tuple(entry.scorers),
             entry.train_limit,
             entry.test_limit,
+            entry.scorer_options,
         )
     orders = {name: tuple(order) for name, order in model.orders.items()} or {"default": tuple(tasks)}
     for name, order in orders.items():
@@ -158,4 +169,4 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             raise UserError(f"{path}: order {name!r} names unknown tasks {unknown}, allowed: {', '.join(tasks)}")
         if len(set(order)) != len(order):
             raise UserError(f"{path}: order {name!r} names a task twice")
-    return Benchmark(model.name, path, tasks, orders, tuple(model.scorers), model.generation)
+    return Benchmark(model.name, path, tasks, orders, tuple(model.scorers), model.generation, model.scorer_options)

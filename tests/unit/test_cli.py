@@ -62,7 +62,7 @@ def test_names_of_the_commands_are_frozen() -> None:
 
 FLAGS = {
     "run": "--mode --order --method --model --output_dir --set --preview --overwrite --verbose",
-    "eval": "--benchmark --data_dir --order --test_limit --scorer --scorer_model --infer_backend --server_python "
+    "eval": "--benchmark --data_dir --order --test_limit --scorer --scorer_model --scorer_option --infer_backend --server_python "
     "--base_url --system --max_tokens --temperature --concurrency --port --server_args",
     "report": "--output",
     "metrics": "--json --scorer",
