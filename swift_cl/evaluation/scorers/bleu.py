@@ -73,8 +73,8 @@ class Bleu:
         for task in dict.fromkeys(item.task for item in items):
             tokenize = self.tokenizer([item for item in items if item.task == task])
             metric = self._metric(tokenize, sentence=False)
-            metric.corpus_score(["a"], [["a"]])  # the signature is complete only after a call
-            tasks.setdefault(str(metric.get_signature()), []).append(task)
+            name = metric.corpus_score(["a"], [["a"]]).name  # the signature is complete only after a call
+            tasks.setdefault(f"{name}|{metric.get_signature()}", []).append(task)
         return {"signatures": tasks}
 
 

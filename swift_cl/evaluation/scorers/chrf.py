@@ -43,8 +43,8 @@ class Chrf:
 
     def facts(self, items: Sequence[Item]) -> dict[str, Any]:
         """sacrebleu's signature."""
-        self._metric.corpus_score(["a"], [["a"]])  # the signature is complete only after a call
-        return {"signature": str(self._metric.get_signature())}
+        name = self._metric.corpus_score(["a"], [["a"]]).name  # the signature is complete only after a call
+        return {"signature": f"{name}|{self._metric.get_signature()}"}
 
 
 def load(model: str | None = None, options: Options | None = None) -> Chrf:
