@@ -3,11 +3,12 @@
 import argparse
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 KINDS = ("methods", "tuners", "benchmarks", "scorers")
 # Too long for a table.
-JSON_ONLY = ("flags", "paper", "data_dir", "missing", "data_source", "description", "file")
+JSON_ONLY = ("flags", "paper", "cell", "options", "data_dir", "missing", "data_source", "description", "file")
 LONGEST_LIST = 6
 
 
@@ -86,10 +87,17 @@ def _scorers() -> list[dict[str, Any]]:
             "name": name,
             "direction": "higher is better" if scorer.HIGHER_IS_BETTER else "lower is better",
             "range": list(scorer.RANGE),
-            "title": (scorer.__doc__ or name).strip().splitlines()[0],
+            "needs": getattr(scorer, "NEEDS", ""),
+            "cell": getattr(scorer, "CELL", "mean of the answers' scores"),
+            "options": _options(scorer),
+            "title": (scorer.__doc__ or name).strip().splitlines()[0].partition(":")[0].rstrip("."),
         }
         for name, scorer in ((name, module(name)) for name in names())
     ]
+
+
+def _options(scorer: ModuleType) -> list[str]:
+    return list(scorer.Options.model_fields) if hasattr(scorer, "Options") else []
 
 
 def _cell(value: Any) -> str:

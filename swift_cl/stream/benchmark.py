@@ -17,6 +17,8 @@ from swift_cl.stream.rows import Row, check_askable
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
+ScorerOptions = Mapping[str, Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Task:
@@ -28,6 +30,7 @@ class Task:
         file_format: the reader, see `swift_cl.stream.readers`.
         system: the system prompt of the stage that learns this task; None for the template's default.
         scorers: scorer names for this task, or empty where the benchmark's apply.
+        scorer_options: settings by scorer name, which win over the benchmark's key by key.
         train_limit, test_limit: only the first so many rows.
         train_options, test_options: settings of the reader.
     """
@@ -40,6 +43,7 @@ class Task:
     scorers: tuple[str, ...] = ()
     train_limit: int | None = None
     test_limit: int | None = None
+    scorer_options: ScorerOptions = field(default_factory=dict)
     train_options: Mapping[str, Any] = field(default_factory=dict)
     test_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -63,6 +67,7 @@ class Benchmark:
     """Tasks, orders, scorers and generation settings, as read from a benchmark file.
 
     Attributes:
+        scorer_options: settings by scorer name; the scorers themselves check them (`swift_cl.evaluation.scorers`).
         root: the folder that the data files' names start from.
         data_source: where the data is to be had and how to lay it out, for people.
     """
@@ -73,6 +78,7 @@ class Benchmark:
     orders: Mapping[str, tuple[str, ...]]
     scorers: tuple[str, ...]
     generation: Mapping[str, Any] = field(default_factory=dict)
+    scorer_options: ScorerOptions = field(default_factory=dict)
     root: Path = Path()
     description: str = ""
     data_source: str = ""
@@ -95,6 +101,7 @@ class _TaskModel(BaseModel):
     format: str | None = None
     system: str | None = None
     scorers: list[str] = []
+    scorer_options: dict[str, dict[str, Any]] = {}
     train_limit: int | None = Field(default=None, ge=1)
     test_limit: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = {}
@@ -118,6 +125,7 @@ class BenchmarkModel(BaseModel):
     tasks: list[_TaskModel] = Field(min_length=1)
     orders: dict[str, list[str]] = {}
     scorers: list[str] = ["similarity"]
+    scorer_options: dict[str, dict[str, Any]] = {}
     generation: dict[str, Any] = {}
     options: dict[str, Any] = {}
     train_options: dict[str, Any] = {}
@@ -196,8 +204,9 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             tuple(entry.scorers),
             entry.train_limit,
             entry.test_limit,
-            train_options,
-            test_options,
+            scorer_options=entry.scorer_options,
+            train_options=train_options,
+            test_options=test_options,
         )
     orders = {name: tuple(order) for name, order in model.orders.items()} or {"default": tuple(tasks)}
     check_orders(path, orders, tasks)
@@ -208,6 +217,7 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         orders,
         tuple(model.scorers),
         model.generation,
+        model.scorer_options,
         root,
         " ".join(model.description.split()),
         " ".join(model.data_source.split()),

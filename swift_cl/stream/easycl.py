@@ -42,7 +42,7 @@ def load_folder(folder: Path, data_dir: Path | None = None) -> Benchmark:
     named_orders = {order: tuple(names_of) for order, names_of in orders.items()}
     check_orders(path, named_orders, tasks)
     description = str(info.get("description", ""))
-    return Benchmark(name, path.parent, tasks, named_orders, ("exact_match",), {}, root, description)
+    return Benchmark(name, path.parent, tasks, named_orders, ("exact_match",), root=root, description=description)
 
 
 def _only_benchmark(path: Path, folder: str) -> tuple[str, dict[str, Any]]:

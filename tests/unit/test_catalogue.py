@@ -9,7 +9,9 @@ import yaml
 
 from swift_cl.cli.main import main
 from swift_cl.errors import UserError
+from swift_cl.evaluation.scorers import module
 from swift_cl.evaluation.scorers import names as scorer_names
+from swift_cl.evaluation.scorers._options import parse
 from swift_cl.stream import catalogue
 from swift_cl.stream.benchmark import load_benchmark
 from swift_cl.stream.disk import check_on_disk, missing, needed
@@ -112,9 +114,11 @@ def test_orders_without_a_list_here_are_one_order_in_the_tasks_own_sequence() ->
 def test_scorers_exist(name: str) -> None:
     benchmark = load(name)
     used = {*benchmark.scorers, *(scorer for task in benchmark.tasks.values() for scorer in task.scorers)}
-    if "rouge_l" not in scorer_names():
-        pytest.skip("this checkout lacks the scorers beyond exact_match and similarity")
     assert used <= set(scorer_names())
+    for options in (benchmark.scorer_options, *(task.scorer_options for task in benchmark.tasks.values())):
+        assert set(options) <= used
+        for scorer, settings in options.items():
+            parse(module(scorer), scorer, settings, name)
 
 
 @pytest.mark.parametrize("written", ["trace", "TRACE", "Trace", "superni_5", "SUPERNI-5", "absacl_atsc"])
