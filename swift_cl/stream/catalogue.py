@@ -18,23 +18,23 @@ def _key(name: str) -> str:
     return name.casefold().replace("-", "_")
 
 
-def find(path: Path) -> Path:
-    """The file of a benchmark: `path` itself where it exists, else the file of the benchmark that has this name.
+def find(path: Path, base: Path | None = None) -> Path:
+    """The file of a benchmark: `path` (from `base`) where it exists, else the file of the benchmark that has this name.
 
-    Upper and lower case and `-` and `_` are alike in a name. A path that is neither comes back unchanged when it is
-    plainly meant as a path.
+    Upper and lower case and `-` and `_` are alike in a name. What is plainly a path comes back without a look.
 
     Raises:
         UserError: there is neither such a file nor a benchmark of this name.
     """
-    if path.exists() or path.suffix in (".yaml", ".yml", ".json"):
-        return path
+    full = path if base is None else base / path
+    if full.exists() or len(path.parts) > 1 or path.suffix in (".yaml", ".yml", ".json"):
+        return full
     known = {_key(file.stem): file for file in files()}
     found = known.get(_key(path.name))
     if found is None:
         names = [file.stem for file in files()]
         hint = did_you_mean(path.name, names)
-        raise UserError(f"{path}: file not found, and no benchmark has this name; known: {', '.join(names)}{hint}")
+        raise UserError(f"{full}: file not found, and no benchmark has this name; known: {', '.join(names)}{hint}")
     return found
 
 

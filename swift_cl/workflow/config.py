@@ -92,7 +92,7 @@ def load_config(path: Path, assignments: list[str]) -> tuple[RunConfig, Benchmar
     except ValidationError as error:
         raise explain(path, error) from None
     base = path.parent.resolve()
-    config.benchmark = str(catalogue.find((base / Path(config.benchmark).expanduser()).resolve()))
+    config.benchmark = str(catalogue.find(Path(config.benchmark).expanduser(), base).resolve())
     config.model = _relative_to(base, config.model)
     config.output_dir = str((base / Path(config.output_dir).expanduser()).resolve())
     if config.data_dir is not None:

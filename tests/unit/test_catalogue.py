@@ -132,6 +132,13 @@ def test_unknown_name() -> None:
         load("TRACEE")
 
 
+@pytest.mark.parametrize("written", ["sub/TRACE", "./sub/TRACE", "/gone/TRACE", "TRACE.yaml"])
+def test_a_path_is_no_name(written: str) -> None:
+    """A misspelt path must not become another benchmark."""
+    with pytest.raises(UserError, match=r"file not found$"):
+        load(written)
+
+
 def test_a_folder_of_that_name_wins(tmp_path: Path) -> None:
     folder = tmp_path / "TRACE"
     folder.mkdir()

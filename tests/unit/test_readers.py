@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from swift_cl.io import write_jsonl
 from swift_cl.stream.readers import formats, read_rows
 from swift_cl.stream.rows import Row
 from tests.conftest import ROOT
@@ -299,6 +300,32 @@ def test_swift() -> None:
     assert two.turns == [("1 + 1?", "2"), ("And 2 + 2?", "4")]
     assert (one.system, two.system) == (None, "Be brief.")
     assert [row.id for row in (one, two)] == ["queries-0", "queries-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_cache")
+def test_training_rows_are_what_ms_swift_reads(tmp_path: Path) -> None:
+    """Images, tools and plain rows in one file, as `swift-cl run` writes them."""
+    from swift.dataset import load_dataset
+
+    shapes = read(
+        "sharegpt", "easycl/shapes/shapes_train.json",
+        columns={"messages": "conversations", "images": "image"}, media_dir="..",
+    )  # fmt: skip
+    rows = [*shapes, Row("t", tuple(dialogue("q", "a")), tools='[{"name": "sky", "parameters": {"a": 1}}]')]
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"id": row.id, **row.as_training_row("S")} for row in rows])
+    dataset, _ = load_dataset(str(path), strict=True)
+    image = {"bytes": None, "path": str(FORMATS / "easycl" / "shapes" / "images" / "red.png")}
+    assert [row["images"] for row in dataset] == [[image], [image], None, None]
+    assert [row["tools"] for row in dataset] == [None] * 3 + [[{"name": "sky", "parameters": {"a": 1}}]]
+    assert [row["messages"][0]["content"] for row in dataset] == ["S", "S", "Be brief.", "S"]
+    assert [m["content"] for m in dataset[0]["messages"][1:]] == ["<image>\nWhich colour?", "red"]
+    # Read back through ms-swift, they are the same rows.
+    again = read_rows(path, "swift")
+    assert [(r.messages, r.system or "S", r.images) for r in again] == [
+        (r.messages, r.system or "S", r.images) for r in rows
+    ]
 
 
 class TestRow:
