@@ -1,13 +1,18 @@
 """Every reader on a small file in its format (tests/data/formats): the exact rows that come of it."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from swift_cl.io import write_jsonl
+from swift_cl.stream.benchmark import Task
+from swift_cl.stream.files import mentions_images
 from swift_cl.stream.readers import formats, read_rows
 from swift_cl.stream.rows import Row
+from swift_cl.workflow.plan import training_file
 from tests.conftest import ROOT
 
 FORMATS = ROOT / "tests" / "data" / "formats"
@@ -31,6 +36,34 @@ def test_every_format_has_a_test() -> None:
     own_file = {"messages"}  # tests/unit/test_stream.py
     named = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert set(formats()) - own_file <= named
+
+
+def test_messages_with_images_and_tools(tmp_path: Path) -> None:
+    """Their file goes to ms-swift as a conversion: ms-swift looks for images from the working directory."""
+    (tmp_path / "x.png").write_bytes(b"x")
+    plain = {"messages": dialogue("q", "a")}
+    rows = [plain, {"messages": dialogue("<image>q", "a"), "images": ["x.png"], "tools": [{"name": "sky"}]}]
+    for name, content in (("plain", [plain] * 2), ("rich", rows)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    rich = Task("t", tmp_path / "rich.json", tmp_path / "plain.json")
+    assert [row.as_training_row(None) for row in rich.train_rows()] == [
+        plain,
+        {"messages": dialogue("<image>q", "a"), "images": [str(tmp_path / "x.png")], "tools": '[{"name": "sky"}]'},
+    ]
+    assert training_file(rich, tmp_path / "run") == tmp_path / "run" / "data" / "t.train.jsonl"
+    plain_task = Task("t", tmp_path / "plain.json", tmp_path / "plain.json")
+    assert training_file(plain_task, tmp_path / "run") == tmp_path / "plain.json"
+    assert training_file(replace(plain_task, train_limit=1), tmp_path / "run") != tmp_path / "plain.json"
+
+
+def test_images_are_noticed_in_a_large_file(tmp_path: Path) -> None:
+    """The key may lie across the border of two blocks of 1 MiB."""
+    for before in range((1 << 20) - 12, (1 << 20) + 2):
+        path = tmp_path / "d.json"
+        path.write_bytes(b" " * before + b'"images": []')
+        assert mentions_images(path)
+    path.write_bytes(b"an image, images, imagery" * 100_000)
+    assert not mentions_images(path)
 
 
 def test_alpaca() -> None:
