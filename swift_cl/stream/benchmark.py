@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.io import read_text
 from swift_cl.stream import catalogue
-from swift_cl.stream.files import mentions_images
+from swift_cl.stream.files import mentions_images, starts_with_mark
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
 from swift_cl.stream.rows import Row, check_askable
 
@@ -49,9 +49,10 @@ class Task:
 
     @property
     def is_native(self) -> bool:
-        """Whether ms-swift reads the training file as it is meant: plain dialogues, all rows, no images (whose names
-        ms-swift takes from the working directory, not from the file's folder)."""
-        return self.file_format == "messages" and self.train_limit is None and not mentions_images(self.train)
+        """Whether ms-swift reads the training file as it is meant: plain dialogues, all rows, no byte order mark, and
+        no images (whose names ms-swift takes from the working directory, not from the file's folder)."""
+        whole = self.file_format == "messages" and self.train_limit is None
+        return whole and not starts_with_mark(self.train) and not mentions_images(self.train)
 
     def train_rows(self) -> list[Row]:
         """The rows to learn from."""

@@ -1,5 +1,6 @@
 """Data files as raw rows: JSON arrays, JSON lines, CSV, TSV and Parquet. What a row means is its reader's business."""
 
+import codecs
 import csv
 import io
 import json
@@ -117,6 +118,14 @@ def text_of(raw: dict[str, Any], column: str, where: str, *, empty: bool = False
     if not empty and not value.strip():
         raise UserError(f"{where}: {column!r} is empty")
     return value
+
+
+def starts_with_mark(path: Path) -> bool:
+    """Whether a file begins with a byte order mark, which we skip and ms-swift's loader stumbles over."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def mentions_images(path: Path) -> bool:

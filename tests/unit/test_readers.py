@@ -53,6 +53,10 @@ def test_messages_with_images_and_tools(tmp_path: Path) -> None:
     assert training_file(rich, tmp_path / "run") == tmp_path / "run" / "data" / "t.train.jsonl"
     plain_task = Task("t", tmp_path / "plain.json", tmp_path / "plain.json")
     assert training_file(plain_task, tmp_path / "run") == tmp_path / "plain.json"
+    (tmp_path / "marked.json").write_text("\ufeff" + json.dumps([plain]), encoding="utf-8")
+    marked = replace(plain_task, train=tmp_path / "marked.json")
+    assert [row.as_training_row(None) for row in marked.train_rows()] == [plain]
+    assert training_file(marked, tmp_path / "run") != tmp_path / "marked.json"
     assert training_file(replace(plain_task, train_limit=1), tmp_path / "run") != tmp_path / "plain.json"
 
 
