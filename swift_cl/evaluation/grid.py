@@ -11,14 +11,14 @@ from swift_cl.evaluation.ask import Asker, Dialogue, is_answered, opening
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
 from swift_cl.evaluation.identity import IDENTITY_FILE, PROBES, IdentityCheck
 from swift_cl.evaluation.plan import BASE, Grid, GridOptions, Target, load_grid, system_prompt
-from swift_cl.evaluation.results import Scored, choose_scorers, collect, score_grid
-from swift_cl.evaluation.scorers import LoadedScorer
-from swift_cl.evaluation.scorers import load as load_scorer
+from swift_cl.evaluation.results import Scored, collect, score_grids
+from swift_cl.evaluation.scoring import GridScorer, choose_scorers, load_scorers
 from swift_cl.evaluation.store import AnswerStore, answer_path
 from swift_cl.io import sha256_json
 from swift_cl.serving.adapters import Deployment, check_deployment, unique
 from swift_cl.serving.backends import ServerOptions, command
 from swift_cl.serving.server import Server
+from swift_cl.stream.benchmark import ScorerOptions
 
 DEFAULT_BACKEND = "pt"
 ENDPOINT_BACKEND = "endpoint"
@@ -35,6 +35,7 @@ class EvalOptions:
         served_names: names at that endpoint by row (`base`, a stage's folder name), where they are not the usual ones.
         server: interpreter, batch size and further flags of a server of ours.
         system: see `plan.system_prompt`.
+        scorer_options: settings by scorer name, which win over the benchmark's.
         max_tokens, temperature: override the benchmark's generation settings.
     """
 
@@ -48,6 +49,7 @@ class EvalOptions:
     system: str = "stage"
     scorers: tuple[str, ...] = ()
     scorer_model: str | None = None
+    scorer_options: ScorerOptions = field(default_factory=dict)
     max_tokens: int | None = None
     temperature: float | None = None
     concurrency: int = 16
@@ -178,10 +180,11 @@ def load_grids(run_dirs: Sequence[Path], options: GridOptions) -> list[Grid]:
     return [load_grid(folder, options) for folder in dict.fromkeys(run_dir.resolve() for run_dir in run_dirs)]
 
 
-def prepare(run_dirs: Sequence[Path], options: EvalOptions) -> tuple[list[Grid], list[LoadedScorer]]:
-    """Read the runs and make the scorers ready."""
+def prepare(run_dirs: Sequence[Path], options: EvalOptions) -> tuple[list[Grid], list[list[GridScorer]]]:
+    """Read the runs and make the scorers of each ready."""
     grids = load_grids(run_dirs, options.grid)
-    return grids, [load_scorer(name, options.scorer_model) for name in choose_scorers(grids, options.scorers)]
+    names = choose_scorers(grids, options.scorers)
+    return grids, load_scorers(grids, names, options.scorer_model, options.scorer_options)
 
 
 def missing_answers(grids: Sequence[Grid]) -> list[str]:
@@ -189,9 +192,9 @@ def missing_answers(grids: Sequence[Grid]) -> list[str]:
     return [f"{grid.run.dir}: {line}" for grid in grids for line in collect(grid)[1]]
 
 
-def score(grids: Sequence[Grid], scorers: Sequence[LoadedScorer], options: EvalOptions) -> Evaluation:
-    """Score what is stored."""
-    return Evaluation([score_grid(grid, scorers, options.backend_name) for grid in grids])
+def score(grids: Sequence[Grid], scorers: Sequence[Sequence[GridScorer]], options: EvalOptions) -> Evaluation:
+    """Score what is stored; `scorers` are those of each grid."""
+    return Evaluation(score_grids(grids, scorers, options.backend_name))
 
 
 def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], None] = print) -> None:

@@ -35,10 +35,11 @@ def read_matrices(path: Path) -> list[ScoredMatrix]:
         raise UserError(f"{path}: file not found")
     if path.suffix.lower() == ".csv":
         return [ScoredMatrix(None, _from_csv(path))]
-    return _from_json(path, read_json(path))
+    return matrices(path, read_json(path))
 
 
-def _from_json(path: Path, value: Any) -> list[ScoredMatrix]:
+def matrices(path: Path, value: Any) -> list[ScoredMatrix]:
+    """All matrices of what a JSON file holds; errors as `read_matrices`."""
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     if "runs" in value:

@@ -1,20 +1,35 @@
-"""From stored answers to results.json: pair by sample id and turn, score, leave a cell null unless it is complete."""
+"""From stored answers to results.json: pair by sample id and turn, score, leave a cell null unless it is complete.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+results.json (schema 1) has for each scorer, beside `base`, `matrix`, `n`, `n_base` and `metrics`:
+
+    range      lowest and highest score
+    cell       how a cell comes from its answers
+    floor      one a task: the score of shuffled references (see `floors`), null where there is none
+    n_floor    how many wrong pairs the floor counts
+    ceiling    new_acc: the diagonal; mtl and mtl_run: scores and name of joint training, null if none was found
+    facts      what the scorer says about how it scored (encoder, signature, judge); absent if nothing
+
+Scores of single answers are in RUN_DIR/scores, see `score_files`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from swift_cl.errors import UserError
+from swift_cl.evaluation.floors import joint_row, results_beside, shuffled
 from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
-from swift_cl.evaluation.scorers import LoadedScorer
+from swift_cl.evaluation.score_files import write_scores
+from swift_cl.evaluation.scorers import Item, module
+from swift_cl.evaluation.scoring import GridScorer, ScoredCell, facts, reference_items, score_cells
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import write_json
 from swift_cl.stream.benchmark import Task
-from swift_cl.stream.rows import Row
 
 RESULTS_SCHEMA = 1
 RESULTS_FILE = "results.json"
+FLOOR_ROW = "shuffled references"
+"""A row beside `base` and the stages' folders; no folder has this name, for it has a space."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +37,15 @@ class CellAnswers:
     """The answers of one cell.
 
     Attributes:
-        pairs: (answer, reference) of every answered turn.
+        items: every answered turn.
+        keys: the stored answers' keys, one for each item.
         expected: turns of the test data.
         problems: why answers are missing, each reason with its count, the most frequent first.
         cut: answers that ended at the token limit.
     """
 
-    pairs: list[tuple[str, str]]
+    items: list[Item]
+    keys: list[str]
     expected: int
     problems: list[str]
     cut: int = 0
@@ -36,35 +53,39 @@ class CellAnswers:
     @property
     def complete(self) -> bool:
         """Whether every turn was answered."""
-        return len(self.pairs) == self.expected
+        return len(self.items) == self.expected
 
 
-def cell_answers(store: AnswerStore, rows: Sequence[Row], weights: str) -> CellAnswers:
+def cell_answers(store: AnswerStore, turns: Sequence[Item], weights: str) -> CellAnswers:
     """Pair answers with references by sample id and turn.
+
+    Args:
+        turns: all turns of the test data, each answered by its reference.
 
     An answer counts only if it answers the question that the data has today, by the weights that the stage has today.
     """
-    pairs: list[tuple[str, str]] = []
+    items: list[Item] = []
+    keys: list[str] = []
     reasons: dict[str, int] = {}
     cut = 0
-    for row in rows:
-        for turn, (question, reference) in enumerate(row.turns):
-            answer = store.latest(row.id, turn)
-            if answer is None:
-                reason = "not asked yet"
-            elif answer.get("question") != question:
-                reason = "the stored answer is for another question; the data changed"
-            elif answer.get("weights") != weights:
-                reason = "the stored answer is from other weights; the stage was trained again"
-            elif "error" in answer:
-                reason = str(answer["error"])
-            else:
-                pairs.append((answer["answer"], reference))
-                cut += answer.get("finish") == "length"
-                continue
-            reasons[reason] = reasons.get(reason, 0) + 1
+    for turn in turns:
+        answer = store.latest(turn.id, turn.turn)
+        if answer is None:
+            reason = "not asked yet"
+        elif answer.get("question") != turn.question:
+            reason = "the stored answer is for another question; the data changed"
+        elif answer.get("weights") != weights:
+            reason = "the stored answer is from other weights; the stage was trained again"
+        elif "error" in answer:
+            reason = str(answer["error"])
+        else:
+            items.append(replace(turn, answer=answer["answer"]))
+            keys.append(answer["key"])
+            cut += answer.get("finish") == "length"
+            continue
+        reasons[reason] = reasons.get(reason, 0) + 1
     problems = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
-    return CellAnswers(pairs, sum(len(row.turns) for row in rows), problems, cut)
+    return CellAnswers(items, keys, len(turns), problems, cut)
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,7 @@ class Scored:
 
     Attributes:
         results: the content of results.json.
-        problems: one line for each cell that is null.
+        problems: one line for each cell or row that is null, and for each cell that a scorer could not score.
     """
 
     results: dict[str, Any]
@@ -84,12 +105,13 @@ def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
     """The answers of every cell by (row, task), and one line for each cell or row that cannot be scored."""
     problems: list[str] = []
     cells: dict[tuple[str, str], CellAnswers] = {}
+    turns = {task.name: reference_items(task, rows) for task, rows in zip(grid.tasks, grid.rows, strict=True)}
     for target in grid.targets:
-        for task, rows in zip(grid.tasks, grid.rows, strict=True):
-            found = cell_answers(grid.store(target, task), rows, target.weights)
+        for task in grid.tasks:
+            found = cell_answers(grid.store(target, task), turns[task.name], target.weights)
             cells[target.row, task.name] = found
             if not found.complete:
-                missing = found.expected - len(found.pairs)
+                missing = found.expected - len(found.items)
                 detail = "; ".join(found.problems[:3])
                 problems.append(f"{target.row} x {task.name}: {missing} of {found.expected} answers missing ({detail})")
     for index, stage in enumerate(grid.stages):
@@ -98,38 +120,64 @@ def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
     return cells, problems
 
 
-def score_grid(grid: Grid, scorers: Sequence[LoadedScorer], backend: str) -> Scored:
-    """Score what is stored, and write results.json."""
+def score_grids(grids: Sequence[Grid], scorers: Sequence[Sequence[GridScorer]], backend: str) -> list[Scored]:
+    """Score what is stored, and write each run's results.json and its scores.
+
+    Args:
+        scorers: those of each grid.
+    """
+    scored = [score_grid(grid, own, backend) for grid, own in zip(grids, scorers, strict=True)]
+    for grid, entry in zip(grids, scored, strict=True):
+        others = [*(other.results for other in scored), *results_beside(grid.run.dir, RESULTS_FILE)]
+        for name, values in entry.results["scorers"].items():
+            joint = joint_row(others, entry.results, name)
+            values["ceiling"] |= {"mtl": joint and joint[1], "mtl_run": joint and joint[0]}
+        write_json(grid.run.dir / RESULTS_FILE, entry.results)
+    return scored
+
+
+def score_grid(grid: Grid, scorers: Sequence[GridScorer], backend: str) -> Scored:
+    """Score what is stored of one run, and write the scores of its answers."""
     cells, problems = collect(grid)
+    found = {}
+    for scorer in scorers:
+        found[scorer.name], own = _score_one(grid, scorer, cells)
+        problems = problems + own
     results = {
         "schema": RESULTS_SCHEMA,
         "benchmark": grid.benchmark.name,
         "order": [task.name for task in grid.tasks],
         "method": grid.run.method,
         "model": grid.run.model,
+        "model_id": grid.base.weights,
         "backend": backend,
         "seed": grid.run.seed,
         "name": grid.run.name,
-        "scorers": {scorer.name: _score_one(grid, scorer, cells) for scorer in scorers},
+        "scorers": found,
         "answers": {
             "expected": [cells[grid.base.row, task.name].expected for task in grid.tasks],
             "cut_at_max_tokens": sum(cell.cut for cell in cells.values()),
         },
         "problems": problems,
     }
-    write_json(grid.run.dir / RESULTS_FILE, results)
     return Scored(results, problems)
 
 
-def _score_one(grid: Grid, scorer: LoadedScorer, cells: dict[tuple[str, str], CellAnswers]) -> dict[str, Any]:
+def _score_one(
+    grid: Grid, scorer: GridScorer, cells: Mapping[tuple[str, str], CellAnswers]
+) -> tuple[dict[str, Any], list[str]]:
+    """A scorer's part of results.json, and one line for each cell with answers that it could not score."""
+    items = {key: found.items for key, found in cells.items()}
+    wrong = _wrong_answers(grid) if scorer.has_floor else {}
+    done = score_cells(scorer, {**items, **wrong})
+    for (row, task), found in cells.items():
+        write_scores(grid.run.dir, scorer.name, row, task, found.items, found.keys, done[row, task].scores)
+
     def cell(target: Target | None, task: Task) -> tuple[Cell, int]:
         if target is None:
             return None, 0
-        found = cells[target.row, task.name]
-        if not found.complete:
-            return None, len(found.pairs)
-        scores = scorer.score(found.pairs)
-        return sum(scores) / len(scores), len(scores)
+        found, scored = cells[target.row, task.name], done[target.row, task.name]
+        return scored.value if found.complete else None, len(scored.scores) - scored.unscored
 
     base = [cell(grid.base, task) for task in grid.tasks]
     rows = [[cell(target, task) for task in grid.tasks] for target in grid.stages]
@@ -138,21 +186,34 @@ def _score_one(grid: Grid, scorer: LoadedScorer, cells: dict[tuple[str, str], Ce
         tuple(tuple(score for score, _ in row) for row in rows),
         tuple(score for score, _ in base),
     )
-    return {
+    floors = [done.get((FLOOR_ROW, task.name), ScoredCell(None, [])) for task in grid.tasks]
+    any_task = next(iter(scorer.by_task.values()))
+    result = {
         "higher_is_better": scorer.higher_is_better,
+        "range": list(any_task.range),
+        "cell": getattr(module(scorer.name), "CELL", "mean of the answers' scores"),
         "base": list(matrix.base or ()),
         "matrix": [list(row) for row in matrix.rows],
         "n": [[count for _, count in row] for row in rows],
         "n_base": [count for _, count in base],
+        "floor": [floor.value for floor in floors],
+        "n_floor": [len(floor.scores) for floor in floors],
+        "ceiling": {"new_acc": [row[index] for index, row in enumerate(matrix.rows)]},
         "metrics": compute(matrix, scorer.higher_is_better).as_json(),
     }
-
-
-def choose_scorers(grids: Sequence[Grid], asked: Sequence[str]) -> list[str]:
-    """Names of the scorers: those asked for, else those of the benchmarks and their tasks; each for all tasks."""
-    named = list(asked) or [
-        name for grid in grids for name in (*grid.benchmark.scorers, *(s for task in grid.tasks for s in task.scorers))
+    said = facts(scorer, items)
+    problems = [
+        f"{scorer.name}, {row} x {task}: {done[row, task].unscored} of {len(found.items)} answers have no score "
+        f"({'; '.join(done[row, task].problems[:3])})"
+        for (row, task), found in cells.items()
+        if done[row, task].problems
     ]
-    if not named:
-        raise UserError("no scorer: the benchmark names none; pass --scorer NAME")
-    return list(dict.fromkeys(named))
+    return (result | {"facts": said} if said else result), problems
+
+
+def _wrong_answers(grid: Grid) -> dict[tuple[str, str], list[Item]]:
+    """Shuffled references of each task, as cells of a row of their own."""
+    return {
+        (FLOOR_ROW, task.name): shuffled(reference_items(task, rows))
+        for task, rows in zip(grid.tasks, grid.rows, strict=True)
+    }

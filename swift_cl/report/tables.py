@@ -11,6 +11,8 @@ from swift_cl.io import read_json
 
 Results = dict[str, Any]
 NOT_MEASURED = "-"
+FLOOR = "floor"
+"""Label of the row of shuffled references."""
 METRIC_NAMES = {
     "avg_acc": "Avg.ACC",
     "forgetting": "Forgetting",
@@ -80,14 +82,19 @@ def grid_tables(results: Sequence[Results]) -> list[Table]:
                 if tuple(entry["order"]) != order or scorer not in entry["scorers"]:
                     continue
                 scored = entry["scorers"][scorer]
+                floor = scored.get("floor") or []
+                if any(cell is not None for cell in floor):
+                    rows.append([label, FLOOR, *(number(cell) for cell in floor)])
                 lines = [("base", scored["base"]), *zip(order, scored["matrix"], strict=True)]
                 for name, cells in lines:
                     holes |= cells is None or None in cells
                     row = [number(cell) for cell in cells] if cells else [NOT_MEASURED] * len(order)
                     rows.append([label, "base" if name == "base" else f"after {name}", *row])
-            notes = (f"{NOT_MEASURED}: not measured, never counted as 0",) if holes else ()
+            notes = [f"{NOT_MEASURED}: not measured, never counted as 0"] if holes else []
+            if any(row[1] == FLOOR for row in rows):
+                notes.append(f"{FLOOR}: what other questions' references score, fluent and wrong")
             title = f"{scorer}, {direction(results, scorer)} is better; rows: the model after a stage, columns: tasks"
-            tables.append(Table(title, ["method", "model", *order], rows, notes))
+            tables.append(Table(title, ["method", "model", *order], rows, tuple(notes)))
     return tables
 
 

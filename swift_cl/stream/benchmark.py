@@ -10,10 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.io import read_text
-from swift_cl.stream.readers import formats, read_rows
-from swift_cl.stream.rows import Row
+from swift_cl.stream import catalogue
+from swift_cl.stream.files import mentions_images, starts_with_mark
+from swift_cl.stream.readers import formats, locate, parse_options, read_rows
+from swift_cl.stream.rows import Row, check_askable
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+ScorerOptions = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,9 @@ class Task:
         file_format: the reader, see `swift_cl.stream.readers`.
         system: the system prompt of the stage that learns this task; None for the template's default.
         scorers: scorer names for this task, or empty where the benchmark's apply.
+        scorer_options: settings by scorer name, which win over the benchmark's key by key.
         train_limit, test_limit: only the first so many rows.
+        train_options, test_options: settings of the reader.
     """
 
     name: str
@@ -37,19 +43,35 @@ class Task:
     scorers: tuple[str, ...] = ()
     train_limit: int | None = None
     test_limit: int | None = None
+    scorer_options: ScorerOptions = field(default_factory=dict)
+    train_options: Mapping[str, Any] = field(default_factory=dict)
+    test_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether ms-swift reads the training file as it is meant: plain dialogues, all rows, no byte order mark, and
+        no images (whose names ms-swift takes from the working directory, not from the file's folder)."""
+        whole = self.file_format == "messages" and self.train_limit is None
+        return whole and not starts_with_mark(self.train) and not mentions_images(self.train)
 
     def train_rows(self) -> list[Row]:
         """The rows to learn from."""
-        return read_rows(self.train, self.file_format, self.train_limit)
+        return read_rows(self.train, self.file_format, self.train_limit, self.train_options)
 
     def test_rows(self) -> list[Row]:
         """The rows to ask."""
-        return read_rows(self.test, self.file_format, self.test_limit)
+        return check_askable(self.test, read_rows(self.test, self.file_format, self.test_limit, self.test_options))
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Tasks, orders, scorers and generation settings, as read from a benchmark file."""
+    """Tasks, orders, scorers and generation settings, as read from a benchmark file.
+
+    Attributes:
+        scorer_options: settings by scorer name; the scorers themselves check them (`swift_cl.evaluation.scorers`).
+        root: the folder that the data files' names start from.
+        data_source: where the data is to be had and how to lay it out, for people.
+    """
 
     name: str
     path: Path
@@ -57,6 +79,10 @@ class Benchmark:
     orders: Mapping[str, tuple[str, ...]]
     scorers: tuple[str, ...]
     generation: Mapping[str, Any] = field(default_factory=dict)
+    scorer_options: ScorerOptions = field(default_factory=dict)
+    root: Path = Path()
+    description: str = ""
+    data_source: str = ""
 
     def order(self, name: str | None = None) -> list[Task]:
         """The tasks of an order; without a name, of `default`, or else of the first one in the file."""
@@ -76,21 +102,35 @@ class _TaskModel(BaseModel):
     format: str | None = None
     system: str | None = None
     scorers: list[str] = []
+    scorer_options: dict[str, dict[str, Any]] = {}
     train_limit: int | None = Field(default=None, ge=1)
     test_limit: int | None = Field(default=None, ge=1)
+    options: dict[str, Any] = {}
+    train_options: dict[str, Any] = {}
+    test_options: dict[str, Any] = {}
 
 
 class BenchmarkModel(BaseModel):
-    """The schema of a benchmark file; unknown keys are errors."""
+    """The schema of a benchmark file; unknown keys are errors.
+
+    Attributes:
+        options: settings of the format for all tasks and both files; a task's own win, and among them those of a file.
+    """
 
     model_config = ConfigDict(extra="forbid")
     name: TaskName
+    description: str = ""
+    data_source: str = ""
     format: str = "messages"
     data_dir: str | None = None
     tasks: list[_TaskModel] = Field(min_length=1)
     orders: dict[str, list[str]] = {}
     scorers: list[str] = ["similarity"]
+    scorer_options: dict[str, dict[str, Any]] = {}
     generation: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    train_options: dict[str, Any] = {}
+    test_options: dict[str, Any] = {}
 
 
 def explain(path: Path, error: ValidationError) -> UserError:
@@ -115,21 +155,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
-    """Read a benchmark file.
+    """Read a benchmark.
 
     Args:
-        path: the YAML file, or a folder that holds `benchmark.yaml`.
-        data_dir: where the data files are; default: `data_dir` in the file, else the file's own folder.
+        path: a YAML file; a folder that holds `benchmark.yaml`, or EasyCL's benchmark_info.json and dataset_info.json;
+            or, where there is no such file, the name of a benchmark of the catalogue.
+        data_dir: where the data files are; default: `data_dir` in the file, else the file's own folder; for a
+            benchmark of the catalogue see `catalogue.data_folder`.
 
     Raises:
         UserError: an unknown key, format or task, a task named twice, or a task missing from an order's data.
     """
+    path = catalogue.find(path)
+    if path.is_dir() and not (path / "benchmark.yaml").is_file() and (path / "benchmark_info.json").is_file():
+        from swift_cl.stream.easycl import load_folder
+
+        return load_folder(path, data_dir)
     if path.is_dir():
         path = path / "benchmark.yaml"
     try:
         model = BenchmarkModel.model_validate(read_yaml(path))
     except ValidationError as error:
         raise explain(path, error) from None
+    if data_dir is None and catalogue.holds(path):
+        data_dir = catalogue.data_folder(model.name)
     root = data_dir or (path.parent / (model.data_dir or ".")).resolve()
     tasks: dict[str, Task] = {}
     for entry in model.tasks:
@@ -139,17 +188,45 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             raise UserError(f"{path}: format {file_format!r} is unknown, allowed: {', '.join(formats())}{hint}")
         if entry.name in tasks:
             raise UserError(f"{path}: task {entry.name!r} is defined twice")
+        shared = {**model.options, **entry.options}
+        train_options = {**shared, **model.train_options, **entry.train_options}
+        test_options = {**shared, **model.test_options, **entry.test_options}
+        for options in (train_options, test_options):
+            try:
+                parse_options(file_format, options)
+            except UserError as error:
+                raise UserError(f"{path}: task {entry.name!r}: {error}") from None
         tasks[entry.name] = Task(
             entry.name,
-            root / entry.train,
-            root / entry.test,
+            locate(root, entry.train, file_format),
+            locate(root, entry.test, file_format),
             file_format,
             entry.system,
             tuple(entry.scorers),
             entry.train_limit,
             entry.test_limit,
+            scorer_options=entry.scorer_options,
+            train_options=train_options,
+            test_options=test_options,
         )
     orders = {name: tuple(order) for name, order in model.orders.items()} or {"default": tuple(tasks)}
+    check_orders(path, orders, tasks)
+    return Benchmark(
+        model.name,
+        path,
+        tasks,
+        orders,
+        tuple(model.scorers),
+        model.generation,
+        model.scorer_options,
+        root,
+        " ".join(model.description.split()),
+        " ".join(model.data_source.split()),
+    )
+
+
+def check_orders(path: Path, orders: Mapping[str, tuple[str, ...]], tasks: Mapping[str, Task]) -> None:
+    """Refuse an order that names an unknown task, a task twice, or none."""
     for name, order in orders.items():
         unknown = [task for task in order if task not in tasks]
         if not order:
@@ -158,4 +235,3 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             raise UserError(f"{path}: order {name!r} names unknown tasks {unknown}, allowed: {', '.join(tasks)}")
         if len(set(order)) != len(order):
             raise UserError(f"{path}: order {name!r} names a task twice")
-    return Benchmark(model.name, path, tasks, orders, tuple(model.scorers), model.generation)

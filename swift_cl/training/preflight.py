@@ -6,8 +6,8 @@ from swift_cl.errors import UserError
 from swift_cl.io import read_json, sha256_file
 from swift_cl.methods.base import Method
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage, check_started_from, load_stage
+from swift_cl.stream.files import raw_rows, starts_with_mark
 from swift_cl.stream.readers import read_rows
-from swift_cl.stream.readers.messages import raw_rows
 from swift_cl.training.checkpoints import find_stage_dir, safetensors_complete
 from swift_cl.training.flags import TRUE, first
 
@@ -32,6 +32,8 @@ def check_data(specs: list[str]) -> None:
         if path.stat().st_size == 0:
             raise UserError(f"--dataset {name}: the data file is empty")
         if path.suffix in (".json", ".jsonl"):
+            if starts_with_mark(path):
+                raise UserError(f"--dataset {name}: begins with a byte order mark; save it as UTF-8 without one")
             rows = raw_rows(path)
             if not rows:
                 raise UserError(f"--dataset {name}: the data file has no rows")

@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swift_cl.errors import UserError
+from swift_cl.stream import catalogue
 from swift_cl.stream.benchmark import Benchmark, explain, load_benchmark, read_yaml
 
 Mode = Literal["train_only", "eval_only", "train_then_eval", "full_workflow"]
@@ -16,7 +17,7 @@ class RunConfig(BaseModel):
     """The schema of a run file; unknown keys are errors. Relative paths are relative to the file.
 
     Attributes:
-        benchmark: benchmark file or folder.
+        benchmark: benchmark file or folder, or the name of one of `swift-cl ls benchmarks`.
         data_dir: where the data files are, if not beside the benchmark file.
         model: local folder or hub id of the base model.
         output_dir: one folder a method is made in it.
@@ -91,9 +92,12 @@ def load_config(path: Path, assignments: list[str]) -> tuple[RunConfig, Benchmar
     except ValidationError as error:
         raise explain(path, error) from None
     base = path.parent.resolve()
-    config.benchmark = str((base / config.benchmark).resolve())
+    config.benchmark = str(catalogue.find(Path(config.benchmark).expanduser(), base).resolve())
     config.model = _relative_to(base, config.model)
     config.output_dir = str((base / Path(config.output_dir).expanduser()).resolve())
     if config.data_dir is not None:
         config.data_dir = str((base / Path(config.data_dir).expanduser()).resolve())
-    return config, load_benchmark(Path(config.benchmark), Path(config.data_dir) if config.data_dir else None)
+    benchmark = load_benchmark(Path(config.benchmark), Path(config.data_dir) if config.data_dir else None)
+    if catalogue.holds(Path(config.benchmark)):
+        config.data_dir = str(benchmark.root)  # recorded, so that a later evaluation finds it from anywhere
+    return config, benchmark

@@ -10,7 +10,7 @@ from swift_cl.errors import UserError
 from swift_cl.io import read_json
 from swift_cl.methods.registry import get_method
 from swift_cl.stages import stage_dir_name
-from swift_cl.stream.benchmark import Benchmark
+from swift_cl.stream.benchmark import Benchmark, Task
 from swift_cl.training.flags import check_method_flags, flag_values
 from swift_cl.training.preflight import check_model
 from swift_cl.workflow.config import RunConfig
@@ -101,7 +101,7 @@ def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
             folder = run_dir / stage_dir_name(index, task.name)
             values = {
                 "model": config.model,
-                "dataset": str(training_file(task.train, run_dir, task.name, task.file_format, task.train_limit)),
+                "dataset": str(training_file(task, run_dir)),
                 "output_dir": str(folder),
                 "add_version": False,
                 "seed": config.seed,
@@ -133,11 +133,9 @@ def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
     return plans
 
 
-def training_file(train: Path, run_dir: Path, task: str, file_format: str, limit: int | None) -> Path:
-    """The file that ms-swift reads: the task's own one, or the run's conversion of a format that ms-swift lacks."""
-    if file_format == "messages" and limit is None:
-        return train
-    return run_dir / "data" / f"{task}.train.jsonl"
+def training_file(task: Task, run_dir: Path) -> Path:
+    """The file that ms-swift reads: the task's own one, or the run's conversion of what ms-swift reads otherwise."""
+    return task.train if task.is_native else run_dir / "data" / f"{task.name}.train.jsonl"
 
 
 def check_against_existing(plan: RunPlan) -> None:

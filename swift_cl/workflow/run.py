@@ -9,13 +9,16 @@ from swift_cl.io import write_jsonl
 from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark
 from swift_cl.workflow.chain import record
+from swift_cl.stream.disk import check_on_disk
 from swift_cl.workflow.config import RunConfig
 from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, flags, make_plans, training_file
 
 
 def check_rows(config: RunConfig, benchmark: Benchmark) -> None:
     """Read every data file of the order; a missing one or a wrong row is a `UserError`."""
-    for task in benchmark.order(config.order):
+    tasks = benchmark.order(config.order)
+    check_on_disk(benchmark, tasks)
+    for task in tasks:
         task.train_rows()
         task.test_rows()
 
@@ -40,8 +43,8 @@ def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[Ru
             shutil.rmtree(plan.run_dir, ignore_errors=True)
         plan.save()
         for task in benchmark.order(config.order):
-            file = training_file(task.train, Path(plan.run_dir), task.name, task.file_format, task.train_limit)
-            if file != task.train:
+            file = training_file(task, Path(plan.run_dir))
+            if not task.is_native:
                 write_jsonl(file, [{"id": row.id, **row.as_training_row(None)} for row in task.train_rows()])
     return plans
 

@@ -15,7 +15,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.workflow import launch as launch_module
 from tests.conftest import ROOT
 
-COMMANDS = ["run", "eval", "report", "metrics", "ls", "resolve-adapter", "doctor"]
+COMMANDS = ["run", "eval", "report", "metrics", "compare", "ls", "resolve-adapter", "doctor"]
 SWIFT_COMMANDS = ["sft", "pt", "rlhf", "infer", "deploy", "export", "merge-lora", "rollout", "sample", "app", "web-ui"]
 HEAVY = ("torch", "transformers", "peft", "datasets", "swift", "sklearn", "scipy", "matplotlib", "pandas")
 
@@ -62,10 +62,11 @@ def test_names_of_the_commands_are_frozen() -> None:
 
 FLAGS = {
     "run": "--mode --order --method --model --output_dir --set --preview --overwrite --verbose",
-    "eval": "--benchmark --data_dir --order --test_limit --scorer --scorer_model --infer_backend --server_python "
-    "--base_url --system --max_tokens --temperature --concurrency --port --server_args",
+    "eval": "--benchmark --data_dir --order --test_limit --scorer --scorer_model --scorer_option --infer_backend "
+    "--server_python --base_url --system --max_tokens --temperature --concurrency --port --server_args",
     "report": "--output",
     "metrics": "--json --scorer",
+    "compare": "--json --scorer",
     "ls": "--json",
     "doctor": "--model --data --gpus --quiet",
 }

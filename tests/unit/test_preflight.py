@@ -54,6 +54,7 @@ class TestData:
         ("content", "said"),
         [
             ("", "d.json: the data file is empty"),
+            ("\ufeff[]", "d.json: begins with a byte order mark; save it as UTF-8 without one"),
             (" \n\n", "d.json: the data file has no rows"),
             ("[]", "d.json: the data file has no rows"),
             ('[{"messages": ]', "d.json, row 0: not valid JSON"),

@@ -1,7 +1,8 @@
 """Exact match after normalisation: 100 for an equal answer, 0 for another one."""
 
-import unicodedata
 from collections.abc import Sequence
+
+from swift_cl.evaluation.scorers._text import fold
 
 HIGHER_IS_BETTER = True
 RANGE = (0.0, 100.0)
@@ -10,8 +11,7 @@ _FINAL = ".!?。!?…"  # NFKC turns the full-width marks into ASCII ones, the i
 
 def normalise(text: str) -> str:
     """NFKC, case folded, one space between words, no final punctuation."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
-    return " ".join(words).rstrip(_FINAL).rstrip()
+    return " ".join(fold(text).split()).rstrip(_FINAL).rstrip()
 
 
 class ExactMatch:

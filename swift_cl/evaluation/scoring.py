@@ -1,0 +1,160 @@
+"""The scorers of a grid, each with its settings for every task, and what one scorer makes of the grid's answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from swift_cl.errors import UserError
+from swift_cl.evaluation.plan import Grid
+from swift_cl.evaluation.scorers import Item, LoadedScorer, Score, Unscored, load, module
+from swift_cl.evaluation.scorers._options import parse
+from swift_cl.io import sha256_json
+from swift_cl.stream.benchmark import ScorerOptions, Task
+
+
+@dataclass(frozen=True)
+class GridScorer:
+    """A scorer for all tasks of a grid.
+
+    Attributes:
+        by_task: the scorer with each task's settings; tasks with equal settings share one.
+    """
+
+    name: str
+    higher_is_better: bool
+    by_task: Mapping[str, LoadedScorer]
+
+    @property
+    def has_floor(self) -> bool:
+        """Whether shuffled references tell its floor."""
+        return all(scorer.has_floor for scorer in self.by_task.values())
+
+
+@dataclass(frozen=True)
+class ScoredCell:
+    """What a scorer made of one cell.
+
+    Attributes:
+        value: the cell; None without answers, or where one of them has no score.
+        scores: of each answer, in the order of the items.
+        problems: why answers have no score, each reason with its count, the most frequent first.
+    """
+
+    value: float | None
+    scores: list[Score]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def unscored(self) -> int:
+        """How many answers have no score."""
+        return sum(isinstance(score, Unscored) for score in self.scores)
+
+
+def choose_scorers(grids: Sequence[Grid], asked: Sequence[str]) -> list[str]:
+    """Names of the scorers: those asked for, else those of the benchmarks and their tasks; each for all tasks."""
+    named = list(asked) or [
+        name for grid in grids for name in (*grid.benchmark.scorers, *(s for task in grid.tasks for s in task.scorers))
+    ]
+    if not named:
+        raise UserError("no scorer: the benchmark names none; pass --scorer NAME")
+    return list(dict.fromkeys(named))
+
+
+def load_scorers(
+    grids: Sequence[Grid], names: Sequence[str], model: str | None, given: ScorerOptions
+) -> list[list[GridScorer]]:
+    """Make the scorers ready, one list for each grid; equal settings are loaded once.
+
+    Args:
+        model: what `--scorer_model` gave.
+        given: settings of the command line, which win over the benchmark's and the tasks'.
+
+    Raises:
+        UserError: a scorer or a setting is unknown, something it needs is missing, or its direction differs between
+            tasks.
+    """
+    for name, options in given.items():
+        parse(module(name), name, options, "--scorer_option")
+    ready: dict[str, LoadedScorer] = {}
+    found = []
+    for grid in grids:
+        check_options(grid)
+        found.append([_for_grid(grid, name, model, given.get(name, {}), ready) for name in names])
+    return found
+
+
+def check_options(grid: Grid) -> None:
+    """Refuse settings of unknown scorers and unknown settings, also of scorers that are not used now.
+
+    Raises:
+        UserError: there is one.
+    """
+    places: list[tuple[str, ScorerOptions]] = [("scorer_options", grid.benchmark.scorer_options)]
+    places += [(f"task {task.name}, scorer_options", task.scorer_options) for task in grid.tasks]
+    for place, settings in places:
+        for name, options in settings.items():
+            parse(module(name), name, options, f"{grid.benchmark.path}: {place}")
+
+
+def _for_grid(
+    grid: Grid, name: str, model: str | None, given: Mapping[str, Any], ready: dict[str, LoadedScorer]
+) -> GridScorer:
+    by_task: dict[str, LoadedScorer] = {}
+    for task in grid.tasks:
+        options = {**grid.benchmark.scorer_options.get(name, {}), **task.scorer_options.get(name, {}), **given}
+        key = sha256_json([name, options])
+        if key not in ready:
+            ready[key] = load(name, model, options, f"{grid.benchmark.path}: task {task.name}")
+        by_task[task.name] = ready[key]
+    directions = {task: scorer.higher_is_better for task, scorer in by_task.items()}
+    if len(set(directions.values())) > 1:
+        said = ", ".join(f"{task}: {'higher' if up else 'lower'}" for task, up in directions.items())
+        raise UserError(f"{grid.benchmark.path}: scorer {name!r} must have one direction for all tasks, found {said}")
+    return GridScorer(name, next(iter(directions.values())), by_task)
+
+
+def score_cells(
+    scorer: GridScorer, cells: Mapping[tuple[str, str], Sequence[Item]]
+) -> dict[tuple[str, str], ScoredCell]:
+    """Score the items of cells, each under (row, task), with one call for each task's settings."""
+    scores: dict[tuple[str, str], list[Score]] = {}
+    for loaded in {id(entry): entry for entry in scorer.by_task.values()}.values():
+        own = [key for key in cells if scorer.by_task[key[1]] is loaded]
+        flat = iter(loaded.score_items([item for key in own for item in cells[key]]))
+        for key in own:
+            scores[key] = [next(flat) for _ in cells[key]]
+    return {key: _cell(scorer.by_task[key[1]], cells[key], scores[key]) for key in cells}
+
+
+def _cell(scorer: LoadedScorer, items: Sequence[Item], scores: list[Score]) -> ScoredCell:
+    reasons: dict[str, int] = {}
+    for score in scores:
+        if isinstance(score, Unscored):
+            reasons[score.reason] = reasons.get(score.reason, 0) + 1
+    numbers = [score for score in scores if not isinstance(score, Unscored)]
+    value = scorer.cell(items, numbers) if items and not reasons else None
+    problems = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda entry: -entry[1])]
+    return ScoredCell(value, scores, problems)
+
+
+def facts(scorer: GridScorer, cells: Mapping[tuple[str, str], Sequence[Item]]) -> dict[str, Any]:
+    """What the scorer says about how it scored: one object, or one for each group of tasks with equal settings."""
+    groups: dict[int, list[str]] = {}
+    for task, loaded in scorer.by_task.items():
+        groups.setdefault(id(loaded), []).append(task)
+    said = []
+    for tasks in groups.values():
+        items = [item for (_, task), own in cells.items() if task in tasks for item in own]
+        said.append((tasks, scorer.by_task[tasks[0]].facts(items)))
+    if len(said) == 1:
+        return said[0][1]
+    return {"by_task": [{"tasks": tasks, **found} for tasks, found in said if found]} if any(f for _, f in said) else {}
+
+
+def reference_items(task: Task, rows: Sequence[Any]) -> list[Item]:
+    """The turns of a task's test data, each answered by its own reference."""
+    return [
+        Item(reference, reference, question, task.name, task.system if row.system is None else row.system, row.id, turn)
+        for row in rows
+        for turn, (question, reference) in enumerate(row.turns)
+    ]
