@@ -8,8 +8,8 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import write_jsonl
 from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark
-from swift_cl.workflow.chain import record
 from swift_cl.stream.disk import check_on_disk
+from swift_cl.workflow.chain import record
 from swift_cl.workflow.config import RunConfig
 from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, flags, make_plans, training_file
 
