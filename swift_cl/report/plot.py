@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl.io import atomic_write
-from swift_cl.report.tables import Results, direction, labels, scorers
+from swift_cl.report.tables import Results, direction, labels, scale, scorers
 
 
 def write_heatmap(path: Path, results: Sequence[Results], scorer: str | None = None) -> None:
@@ -18,8 +18,7 @@ def write_heatmap(path: Path, results: Sequence[Results], scorer: str | None = N
     grids = [
         [e["scorers"][scorer]["base"] or [None] * len(e["order"]), *e["scorers"][scorer]["matrix"]] for _, e in shown
     ]
-    measured = [cell for grid in grids for row in grid for cell in row if cell is not None]
-    low, high = min([0.0, *measured]), max([100.0 if direction(results, scorer) == "higher" else 0.0, *measured])
+    low, high = scale(results, scorer)
     size = max(len(entry["order"]) for _, entry in shown)
     figure = Figure(figsize=((1.1 * size + 1.6) * len(shown) + 1.0, 0.75 * (size + 1) + 1.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -37,7 +36,7 @@ def write_heatmap(path: Path, results: Sequence[Results], scorer: str | None = N
         axis.set_yticks(range(len(order) + 1), ["base", *(f"after {task}" for task in order)])
         for row, cells in enumerate(grid):
             for column, cell in enumerate(cells):
-                shade = 0.0 if cell is None else (cell - low) / ((high - low) or 1.0)
+                shade = 0.0 if cell is None else (cell - low) / (high - low)
                 dark = (shade < 0.6) if colours == "viridis" else (shade > 0.4)
                 axis.text(
                     column,
