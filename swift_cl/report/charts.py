@@ -136,8 +136,8 @@ def _short(value: float) -> str:
 
 
 def _some(names: Sequence[str]) -> list[tuple[int, str]]:
-    """As many labels as fit side by side, the first and the last among them; long names are cut."""
-    short = [name if len(name) <= 9 else name[:8] + "…" for name in names]
+    """As many labels as fit side by side, the first and the last among them; long names lose their middle."""
+    short = [name if len(name) <= 9 else f"{name[:4]}…{name[-4:]}" for name in names]
     fit = max(2, int((WIDTH - LEFT - RIGHT) / (max(map(len, short)) * CHARACTER + 8)))
     if len(short) <= fit:
         return list(enumerate(short))

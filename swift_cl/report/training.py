@@ -117,7 +117,7 @@ class TrainingRecord:
 
 def duration(seconds: float) -> str:
     """`41.2 s`, `3 min 5 s` or `2 h 10 min`."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
