@@ -360,3 +360,23 @@ def test_a_large_grid_stays_small(tmp_path, opened):
     assert found.count() == "400 of 400 questions"
     assert found.page.locator(".q").count() == 20
     assert found.errors == []
+
+
+def test_the_page_may_load_nothing_and_run_no_other_script(single, opened):
+    """Were a text to slip through as HTML, the page's policy still stops it."""
+    found = opened(single)
+    failures: list[str] = []
+    found.page.on("requestfailed", lambda request: failures.append(f"{request.url} {request.failure}"))
+    found.page.evaluate(
+        """() => {
+          document.body.insertAdjacentHTML("beforeend", "<img src='http://127.0.0.1:9/x' onerror='window.hacked = 3'>");
+          const script = document.createElement("script");
+          script.textContent = "window.hacked = 4";
+          document.body.append(script);
+        }"""
+    )
+    playwright.expect(found.page.locator("body > img")).to_have_count(1)
+    found.page.wait_for_timeout(200)
+    assert failures == ["http://127.0.0.1:9/x csp"]
+    assert found.page.evaluate("window.hacked") is None
+    assert sum("Content Security Policy" in error for error in found.errors) >= 2
