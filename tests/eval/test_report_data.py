@@ -247,7 +247,10 @@ def test_curves_of_the_tasks(tmp_path):
 
 def test_training_of_a_run(tmp_path):
     run = load_runs([full_run(tmp_path / "run")])[0]
+    asked = {"schema": 1, "generation": {"max_tokens": 64}, "history": "own", "system": "stage", "base": "x"}
+    (run.dir / "answers" / "settings.json").write_text(json.dumps(asked))
     record = training_record(run)
+    assert record.asked == {"Generation": '{"max_tokens": 64}', "Earlier turns": "own", "System prompt of": "stage"}
     assert record.stages[0].losses == [(1.0, 4.0), (10.0, 0.4), (20.0, 0.2)]
     assert record.table[1] == ["stage_2_new", "60", "2", "30", "0.2500", "65.4", "1", "2e+09", "w", "w"]
     assert record.cost == [("Training time", "2 min 11 s"), ("Optimizer steps", "60"), ("Training FLOPs", "4e+09")]
