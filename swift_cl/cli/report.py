@@ -1,4 +1,4 @@
-"""`swift-cl report RUN_DIR ...`: rebuild report.md, report.html and matrix.png from what is on disk."""
+"""`swift-cl report RUN_DIR ...`: rebuild the report from what is on disk."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,8 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "report",
         help="rebuild Markdown, HTML and plots from results.json",
-        description="Rebuild report.md, report.html and matrix.png from results.json, and print the table. With "
+        description="Rebuild report.md, report.html (one file that works offline), matrix.png, and a CSV and a PNG of "
+        "the matrix for each scorer from results.json and what else of the run is on disk, and print the table. With "
         "several runs, a comparison of all of them as well.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder with a results.json")

@@ -66,6 +66,10 @@ class AnswerStore:
         """A row that answers exactly this request, or None."""
         return self._by_key.get(key)
 
+    def rows(self) -> list[Answer]:
+        """The last row of every turn, in the order in which the turns were first stored."""
+        return list(self._latest.values())
+
     def __len__(self) -> int:
         return len(self._latest)
 

@@ -1,23 +1,18 @@
-"""report.md, report.html and matrix.png, rebuilt from results.json at any time."""
+"""All files of a report, rebuilt at any time from what is on disk: Markdown, HTML, a CSV and a plot a scorer."""
 
-import base64
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from swift_cl.evaluation.results import RESULTS_FILE
 from swift_cl.io import write_json, write_text
+from swift_cl.report.heatmap import comparison_csv, matrix_csv
+from swift_cl.report.html import render_html
+from swift_cl.report.markdown import render_markdown
 from swift_cl.report.plot import write_heatmap
-from swift_cl.report.tables import (
-    Results,
-    Table,
-    facts,
-    formula_lines,
-    grid_tables,
-    legend_lines,
-    load_results,
-    problem_lines,
-    summary_tables,
-)
+from swift_cl.report.runs import ReportRun, load_runs
+from swift_cl.report.tables import Results, scorers
 
 
 def write_reports(run_dirs: Sequence[Path], output: Path | None = None) -> tuple[list[Results], Path]:
@@ -30,51 +25,34 @@ def write_reports(run_dirs: Sequence[Path], output: Path | None = None) -> tuple
     Returns:
         the results, and the folder of the report that covers them all.
     """
-    results = [load_results(run_dir) for run_dir in run_dirs]
-    for run_dir, entry in zip(run_dirs, results, strict=True):
-        write_report(run_dir if run_dir.is_dir() else run_dir.parent, [entry])
-    if len(results) == 1 and output is None:
-        return results, run_dirs[0] if run_dirs[0].is_dir() else run_dirs[0].parent
-    folder = output or Path(os.path.commonpath([run_dir.resolve().parent for run_dir in run_dirs]))
-    write_report(folder, results)
-    write_json(folder / "results.json", results[0] if len(results) == 1 else {"schema": 1, "runs": results})
+    runs = load_runs(run_dirs)
+    results = [run.results for run in runs]
+    for run in runs:
+        # Alone, a run needs no more than its method as a label.
+        write_report(run.dir, load_runs([run.dir / RESULTS_FILE]))
+    if len(runs) == 1 and output is None:
+        return results, runs[0].dir
+    folder = output or Path(os.path.commonpath([run.dir.resolve().parent for run in runs]))
+    write_report(folder, runs)
+    write_json(folder / RESULTS_FILE, results[0] if len(results) == 1 else {"schema": 1, "runs": results})
     return results, folder
 
 
-def write_report(folder: Path, results: Sequence[Results]) -> None:
-    """Write report.md, report.html (with the plot inside) and matrix.png into `folder`."""
-    import jinja2
-
-    image = folder / "matrix.png"
-    write_heatmap(image, results)
-    tables = [*summary_tables(results), *grid_tables(results), facts(results)]
-    title = f"{results[0]['benchmark']}: {', '.join(dict.fromkeys(str(entry['method']) for entry in results))}"
-    problems = problem_lines(results)
-    write_text(folder / "report.md", _markdown(title, tables, problems, image.name))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("swift_cl.report"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    html = environment.get_template("report.html.j2").render(
-        title=title,
-        tables=tables,
-        problems=problems,
-        formulas=[*legend_lines(), *formula_lines()],
-        image=f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}",
-    )
-    write_text(folder / "report.html", html)
+def write_report(folder: Path, runs: Sequence[ReportRun]) -> None:
+    """Write report.md, report.html, matrix.png (the first scorer), and a CSV and a plot for each scorer."""
+    results = [run.results for run in runs]
+    plots = {}
+    for number, scorer in enumerate(scorers(results)):
+        plots[scorer] = f"matrix-{file_name(scorer)}.png"
+        write_heatmap(folder / plots[scorer], results, scorer)
+        if number == 0:
+            write_heatmap(folder / "matrix.png", results, scorer)
+        table = matrix_csv(runs[0], scorer) if len(runs) == 1 else comparison_csv(runs, scorer)
+        write_text(folder / f"matrix-{file_name(scorer)}.csv", table)
+    write_text(folder / "report.md", render_markdown(runs, plots))
+    write_text(folder / "report.html", render_html(runs))
 
 
-def _markdown(title: str, tables: Sequence[Table], problems: Sequence[str], image: str) -> str:
-    parts = [f"# {title}"]
-    for table in tables:
-        parts.append(f"## {table.title}")
-        align = ["---" if index == 0 or name == "model" else "---:" for index, name in enumerate(table.header)]
-        lines = [table.header, align, *table.rows]
-        parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
-        if table.notes:
-            parts.append("\n".join(f"- {note}" for note in table.notes))
-    if problems:
-        parts.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in problems))
-    parts.append(f"## Matrix\n\n![stage x task matrix]({image})")
-    parts.append("## Metrics\n\n" + "\n".join(f"- {line}" for line in (*legend_lines(), *formula_lines())))
-    return "\n\n".join(parts) + "\n"
+def file_name(name: str) -> str:
+    """A scorer's name as part of a file's name."""
+    return re.sub(r"[^\w.-]+", "_", name)

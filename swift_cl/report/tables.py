@@ -2,17 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from swift_cl.errors import UserError
 from swift_cl.evaluation.metrics import FORMULAS
-from swift_cl.io import read_json
 
 Results = dict[str, Any]
 NOT_MEASURED = "-"
 FLOOR = "floor"
-"""Label of the row of shuffled references."""
 METRIC_NAMES = {
     "avg_acc": "Avg.ACC",
     "forgetting": "Forgetting",
@@ -31,6 +27,20 @@ NOTES = {
     "fwt": "a task before it was learned minus the base model; positive = transfer",
     "avg": "incremental average: mean over stages of the tasks seen so far",
 }
+REFERENCES = {
+    FLOOR: "right answers to other questions (shuffled references): what a wrong answer scores",
+    "base": "the model before the first task",
+    "joint": "one training on all tasks together",
+}
+"""Rows that a matrix is read against."""
+
+
+class GridRow(NamedTuple):
+    """A row of a matrix: `key` is `stage` or one of `REFERENCES`; cells are None where nothing was measured."""
+
+    key: str
+    name: str
+    cells: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -43,27 +53,25 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def load_results(run_dir: Path) -> Results:
-    """The results.json of a run folder (or the file itself)."""
-    path = run_dir / "results.json" if run_dir.is_dir() else run_dir
-    value = read_json(path)
-    if not isinstance(value, dict) or value.get("schema") != 1 or "scorers" not in value:
-        raise UserError(f"{path}: not a results.json of schema 1; make one with swift-cl eval")
-    return value
-
-
 def number(value: float | None) -> str:
     """A score with two digits after the point; `-` for one that was not measured."""
     return NOT_MEASURED if value is None else f"{value:.2f}"
 
 
 def labels(results: Sequence[Results]) -> list[str]:
-    """How the runs are called: by method, and by name too where two share a method."""
+    """How the runs are called: by method; runs that share one by their names, else seeds, else positions too."""
     methods = [str(entry["method"]) for entry in results]
-    return [
-        method if methods.count(method) == 1 else f"{method} ({entry.get('name', position)})"
-        for position, (method, entry) in enumerate(zip(methods, results, strict=True), start=1)
-    ]
+    found = []
+    for position, (method, entry) in enumerate(zip(methods, results, strict=True), start=1):
+        same = [other for other in results if str(other["method"]) == method]
+        forms = [(entry.get(key), [other.get(key) for other in same]) for key in ("name", "seed")]
+        told = [
+            f"seed {value}" if key == "seed" else str(value)
+            for key, (value, values) in zip(("name", "seed"), forms, strict=True)
+            if value is not None and len(set(map(str, values))) == len(same)
+        ]
+        found.append(method if len(same) == 1 else f"{method} ({told[0] if told else position})")
+    return found
 
 
 def scorers(results: Sequence[Results]) -> list[str]:
@@ -72,7 +80,7 @@ def scorers(results: Sequence[Results]) -> list[str]:
 
 
 def grid_tables(results: Sequence[Results]) -> list[Table]:
-    """For each scorer and order: the base row once a run, and one row a stage."""
+    """For each scorer and order: the rows to compare with (floor, base) once a run, and one row a stage."""
     tables = []
     for scorer in scorers(results):
         for order in dict.fromkeys(tuple(entry["order"]) for entry in results):
@@ -82,20 +90,51 @@ def grid_tables(results: Sequence[Results]) -> list[Table]:
                 if tuple(entry["order"]) != order or scorer not in entry["scorers"]:
                     continue
                 scored = entry["scorers"][scorer]
-                floor = scored.get("floor") or []
-                if any(cell is not None for cell in floor):
-                    rows.append([label, FLOOR, *(number(cell) for cell in floor)])
-                lines = [("base", scored["base"]), *zip(order, scored["matrix"], strict=True)]
-                for name, cells in lines:
-                    holes |= cells is None or None in cells
-                    row = [number(cell) for cell in cells] if cells else [NOT_MEASURED] * len(order)
-                    rows.append([label, "base" if name == "base" else f"after {name}", *row])
+                for _, name, cells in grid_rows(scored, order):
+                    holes |= None in cells
+                    rows.append([label, name, *map(number, cells)])
             notes = [f"{NOT_MEASURED}: not measured, never counted as 0"] if holes else []
             if any(row[1] == FLOOR for row in rows):
-                notes.append(f"{FLOOR}: what other questions' references score, fluent and wrong")
+                notes.append(f"{FLOOR}: {REFERENCES[FLOOR]}")
             title = f"{scorer}, {direction(results, scorer)} is better; rows: the model after a stage, columns: tasks"
             tables.append(Table(title, ["method", "model", *order], rows, tuple(notes)))
     return tables
+
+
+def grid_rows(scored: Results, order: Sequence[str]) -> list[GridRow]:
+    """Rows of a scorer's matrix: the floor (where results.json has one), the base model, the stages, and joint training
+    (where it was run)."""
+    empty: list[float | None] = [None] * len(order)
+    rows = [GridRow("base", "base", scored["base"] or empty)]
+    rows += [GridRow("stage", f"after {task}", cells) for task, cells in zip(order, scored["matrix"], strict=True)]
+    floor, joint = scored.get("floor"), scored.get("ceiling", {}).get("mtl")
+    if floor and floor != empty:
+        rows.insert(0, GridRow(FLOOR, FLOOR, floor))
+    if joint:
+        rows.append(GridRow("joint", "joint", joint))
+    return rows
+
+
+def references(results: Sequence[Results], scorer: str | None = None) -> list[str]:
+    """Keys of `REFERENCES` that the matrices have, of one scorer or of all."""
+    found = {
+        row.key
+        for entry in results
+        for name, scored in entry["scorers"].items()
+        if scorer in (None, name)
+        for row in grid_rows(scored, entry["order"])
+    }
+    return [key for key in REFERENCES if key in found]
+
+
+def scale(results: Sequence[Results], scorer: str) -> tuple[float, float]:
+    """Lowest and highest value of a scorer's axis and colours: 0 to 100, wider where a score lies outside; a scorer
+    whose lower values are better ends at its highest score."""
+    entries = [(entry["scorers"][scorer], entry["order"]) for entry in results if scorer in entry["scorers"]]
+    rows = [row.cells for scored, order in entries for row in grid_rows(scored, order)]
+    measured = [cell for row in rows for cell in row if cell is not None]
+    low, high = min([0.0, *measured]), max([100.0 if direction(results, scorer) == "higher" else 0.0, *measured])
+    return low, high if high > low else low + 1.0
 
 
 def direction(results: Sequence[Results], scorer: str) -> str:
@@ -133,16 +172,6 @@ def problem_lines(results: Sequence[Results]) -> list[str]:
         for label, entry in zip(labels(results), results, strict=True)
         for problem in entry.get("problems", [])
     ]
-
-
-def facts(results: Sequence[Results]) -> Table:
-    """What was run."""
-    keys = ("benchmark", "model", "backend", "seed")
-    rows = []
-    for label, entry in zip(labels(results), results, strict=True):
-        cut = entry.get("answers", {}).get("cut_at_max_tokens")
-        rows.append([label, *(str(entry.get(key)) for key in keys), NOT_MEASURED if cut is None else str(cut)])
-    return Table("runs", ["method", *keys, "answers cut at max_tokens"], rows)
 
 
 def formula_lines() -> list[str]:

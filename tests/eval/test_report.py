@@ -71,8 +71,11 @@ def test_files_of_one_run(tmp_path):
     assert "(max_{i<=j<T} R[j,i] - R[T,i])" in markdown
     html = (run / "report.html").read_text()
     assert "<td>77.50</td>" in html
-    assert "data:image/png;base64," in html
-    assert (run / "matrix.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("matrix.png", "matrix-similarity.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert (run / "matrix-similarity.csv").read_text().splitlines() == [
+        "model,2022,2023", "base,10.0,20.0", "after 2022,80.0,30.0", "after 2023,60.0,90.0"
+    ]  # fmt: skip
 
 
 def test_files_of_a_comparison(tmp_path):
@@ -83,7 +86,13 @@ def test_files_of_a_comparison(tmp_path):
     assert "| replay | after 2023 | - | 90.00 |" in (folder / "report.md").read_text()
     assert (folder / "matrix.png").is_file()
     _, folder = write_reports(runs, tmp_path / "out")
-    assert {path.name for path in folder.iterdir()} == {"report.md", "report.html", "matrix.png", "results.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "report.md", "report.html", "results.json", "matrix.png", "matrix-similarity.png", "matrix-similarity.csv"
+    }  # fmt: skip
+    lines = (folder / "matrix-similarity.csv").read_text().splitlines()
+    assert lines[0] == "run,stage,model,task,n,score"
+    assert "seq,2,after 2023,2022,4,60.0" in lines
+    assert "replay,2,after 2023,2022,4," in lines
 
 
 def test_names_tell_runs_of_one_method_apart():
@@ -93,9 +102,9 @@ def test_names_tell_runs_of_one_method_apart():
 
 
 def test_html_is_escaped(tmp_path):
-    run = save(tmp_path / "run", results("<script>"))
+    run = save(tmp_path / "run", results("<script>alert(1)"))
     write_reports([run])
-    assert "<script>" not in (run / "report.html").read_text()
+    assert "<script>alert" not in (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("content", "says"), [("{}", "not a results.json of schema 1"), ("x", "not valid JSON")])
