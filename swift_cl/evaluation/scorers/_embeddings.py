@@ -48,11 +48,9 @@ class Embedder:
         if not hasattr(self.encoder, "state_dict"):
             return None
         modules = [[type(module).__name__, _config(module)] for module in self.encoder]
-        tokenizer = getattr(self.encoder.tokenizer, "backend_tokenizer", None)
-        words = tokenizer.to_str() if tokenizer is not None else repr(self.encoder.tokenizer)
         device = str(self.encoder.device).partition(":")[0]
         weights = sha256_tensors(self.encoder.state_dict())
-        return sha256_json([weights, modules, words, self.max_tokens, self.chunks, device])
+        return sha256_json([weights, modules, _words(self.encoder.tokenizer), self.max_tokens, self.chunks, device])
 
     def encode(self, texts: Iterable[str]) -> None:
         """Encode the texts that are not known yet, in one call."""
@@ -128,6 +126,16 @@ class Embedder:
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         groups = [spans[start : start + size] for start in range(0, len(spans), size)]
         return [(text[group[0][0] : group[-1][1]], len(group)) for group in groups]
+
+
+def _words(tokenizer: Any) -> Any:
+    """What a tokeniser is made of. Padding and truncation are left out: they are set anew by every call."""
+    import json
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return sorted(tokenizer.get_vocab().items())
+    return {key: value for key, value in json.loads(backend.to_str()).items() if key not in ("padding", "truncation")}
 
 
 def _config(module: Any) -> Any:

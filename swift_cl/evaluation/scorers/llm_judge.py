@@ -34,7 +34,7 @@ FLOOR = False  # it would ask as many questions as a row of the grid, to learn t
 BASE_URL, MODEL, API_KEY = "SWIFT_CL_JUDGE_BASE_URL", "SWIFT_CL_JUDGE_MODEL", "SWIFT_CL_JUDGE_API_KEY"
 TEMPLATE = Path(__file__).parent / "data" / "llm_judge.j2"
 CRITERIA = "What counts is whether the answer is factually right and complete, measured by the reference."
-VERDICT = re.compile(r"\W*verdict\W{0,4}[:：]\W*(\d{1,2})\W*", re.IGNORECASE)
+VERDICT = re.compile(r"[\s*_#>`]*verdict[\s*_`]*[:：][\s*_`]*(\d{1,2})[\s*_`.。]*", re.IGNORECASE)
 GIVE_UP_AFTER = 8
 """Requests lost in a row, after which the endpoint counts as gone."""
 
