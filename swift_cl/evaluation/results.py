@@ -1,13 +1,15 @@
 """From stored answers to results.json: pair by sample id and turn, score, leave a cell null unless it is complete."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
+from swift_cl.evaluation.questions import wanted_keys
 from swift_cl.evaluation.scorers import LoadedScorer
+from swift_cl.evaluation.settings import load_settings
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import write_json
 from swift_cl.stream.benchmark import Task
@@ -39,10 +41,13 @@ class CellAnswers:
         return len(self.pairs) == self.expected
 
 
-def cell_answers(store: AnswerStore, rows: Sequence[Row], weights: str) -> CellAnswers:
+def cell_answers(
+    store: AnswerStore, rows: Sequence[Row], weights: str, wanted: Mapping[tuple[str, int], str] | None = None
+) -> CellAnswers:
     """Pair answers with references by sample id and turn.
 
-    An answer counts only if it answers the question that the data has today, by the weights that the stage has today.
+    An answer counts only if it answers the question that the data has today, by the weights that the stage has today,
+    and, with `wanted` (keys by sample id and turn), under the settings of today.
     """
     pairs: list[tuple[str, str]] = []
     reasons: dict[str, int] = {}
@@ -58,6 +63,8 @@ def cell_answers(store: AnswerStore, rows: Sequence[Row], weights: str) -> CellA
                 reason = "the stored answer is from other weights; the stage was trained again"
             elif "error" in answer:
                 reason = str(answer["error"])
+            elif wanted is not None and wanted.get((row.id, turn)) != answer["key"]:
+                reason = "the stored answer was asked with other settings, another prompt or history"
             else:
                 pairs.append((answer["answer"], reference))
                 cut += answer.get("finish") == "length"
@@ -84,9 +91,12 @@ def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
     """The answers of every cell by (row, task), and one line for each cell or row that cannot be scored."""
     problems: list[str] = []
     cells: dict[tuple[str, str], CellAnswers] = {}
+    asked = load_settings(grid.run.dir)
     for target in grid.targets:
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
-            found = cell_answers(grid.store(target, task), rows, target.weights)
+            store = grid.store(target, task)
+            wanted = None if asked is None else wanted_keys(grid, target, task, rows, store, *asked)
+            found = cell_answers(store, rows, target.weights, wanted)
             cells[target.row, task.name] = found
             if not found.complete:
                 missing = found.expected - len(found.pairs)

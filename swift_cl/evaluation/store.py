@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from swift_cl.errors import UserError
+from swift_cl.errors import RunFailure, UserError
 
 Answer = dict[str, Any]
 """`id`, `turn`, `question`, `reference`, `answer` or `error`, `finish`, `served`, `weights`, `key`."""
@@ -46,17 +46,37 @@ class AnswerStore:
             self._by_key[row["key"]] = row
 
     def append(self, row: Answer) -> None:
-        """Add a row; when this returns it is on the disk."""
+        """Add a row; when this returns it is on the disk.
+
+        Raises:
+            RunFailure: the disk is full, or the file cannot be written; no half line counts.
+        """
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         with self._lock:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._cut_to is not None:
-                os.truncate(self.path, self._cut_to)
-                self._cut_to = None
-            with open(self.path, "ab") as stream:
-                stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                stream.flush()
-                os.fsync(stream.fileno())
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self._cut_to is not None:
+                    os.truncate(self.path, self._cut_to)
+                    self._cut_to = None
+                self._write(line)
+            except OSError as error:
+                raise RunFailure(
+                    f"{self.path}: cannot be written ({error.strerror}); the answers before are kept, run again to "
+                    "continue"
+                ) from None
             self._remember(row)
+
+    def _write(self, line: bytes) -> None:
+        with open(self.path, "ab", buffering=0) as stream:
+            before = os.fstat(stream.fileno()).st_size
+            try:
+                written = 0
+                while written < len(line):
+                    written += stream.write(line[written:]) or 0
+                os.fsync(stream.fileno())
+            except OSError:
+                self._cut_to = before  # what got through is cut off before the next line
+                raise
 
     def latest(self, sample: str, turn: int) -> Answer | None:
         """The last row of a turn, or None."""
