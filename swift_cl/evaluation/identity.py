@@ -110,10 +110,11 @@ class IdentityCheck:
                 continue
             off = f"does not answer as its stage did after training ({gap:.2g} nats off)"
             what = f"{endpoint.base_url}: {served!r} {off}"
-            for other, name in targets:
-                theirs = _gap(endpoint, name, probe) if other.weights != target.weights else None
-                if theirs is not None and theirs < gap:
-                    raise RunFailure(f"{what}, {name!r} rather does; {WAY_OUT}")
+            others = [name for other, name in targets if other.weights != target.weights]
+            gaps = [(theirs, name) for name in others if (theirs := _gap(endpoint, name, probe)) is not None]
+            nearest = min(gaps, default=(gap, served))
+            if nearest[0] < gap:
+                raise RunFailure(f"{what}, {nearest[1]!r} rather does; {WAY_OUT}")
             if gap > FAR:
                 raise RunFailure(f"{what}; {WAY_OUT}")
 
