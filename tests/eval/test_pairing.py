@@ -28,7 +28,8 @@ def answer(model, messages):
 
 def pairs(run):
     """(answer, reference) of all stored rows with an answer."""
-    rows = [json.loads(line) for file in (run / "answers").rglob("*.jsonl") for line in file.read_text().splitlines()]
+    files = (run / "answers").rglob("*.jsonl")
+    rows = [json.loads(line) for file in files for line in file.read_bytes().split(b"\n") if line]
     return [(row["answer"], row["reference"], row["question"]) for row in rows if "answer" in row]
 
 
