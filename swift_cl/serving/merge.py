@@ -29,7 +29,7 @@ def merge_command(adapter: Adapter, base: Deployment, output: Path) -> list[str]
     return [
         *(sys.executable, "-m", "swift_cl.cli.main", "export", "--model", base.model, *settings),
         *("--adapters", str(adapter.path), "--merge_lora", "true", "--output_dir", str(output)),
-        *("--load_args", "false", "--exist_ok", "true", "--check_model", "false"),
+        *("--load_args", "false", "--exist_ok", "true"),
     ]
 
 
