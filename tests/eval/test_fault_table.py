@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,8 @@ def test_a_failed_write_leaves_no_half_line_before_the_next(tmp_path, monkeypatc
     def full(number):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    assert store.latest("a", 0) == row
+
     monkeypatch.setattr(store_module.os, "fsync", full)
     with pytest.raises(RunFailure, match="No space left"):
         store.append({**row, "id": "b"})
@@ -249,6 +252,31 @@ def test_a_failed_write_leaves_no_half_line_before_the_next(tmp_path, monkeypatc
     store.append({**row, "id": "c"})
     assert [json.loads(line)["id"] for line in store.path.read_text().splitlines()] == ["a", "c"]
     assert len(store) == 2
+
+
+def test_many_threads_write_whole_lines_and_share_flushes(tmp_path, monkeypatch):
+    store = store_module.AnswerStore(tmp_path / "answers.jsonl")
+    flushes = []
+    synced = os.fsync
+
+    def slow(number):
+        flushes.append(number)
+        time.sleep(0.002)
+        synced(number)
+
+    monkeypatch.setattr(store_module.os, "fsync", slow)
+
+    def write(thread):
+        for i in range(20):
+            row = {"id": f"{thread}-{i}", "turn": 0, "key": f"{thread}-{i}", "answer": "x" * thread * 50}
+            store.append(row)
+            assert store.answered(f"{thread}-{i}") == row
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, range(16)))
+    rows = [json.loads(line) for line in store.path.read_text().splitlines()]
+    assert sorted(row["id"] for row in rows) == sorted(f"{t}-{i}" for t in range(16) for i in range(20))
+    assert len(flushes) < 16 * 20
 
 
 def mock_process(run: Path, dies_after: int) -> Command:
