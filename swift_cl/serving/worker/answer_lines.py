@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import socket
+import traceback
 
 import httpx
 from serve_adapters import AdapterDeploy, watch_starter  # type: ignore[import-not-found]
@@ -24,11 +25,16 @@ async def answer(deploy: AdapterDeploy, connection: socket.socket) -> None:
     running: set[asyncio.Task[None]] = set()
 
     async def one(request: dict[str, object]) -> None:
-        reply = await client.request(str(request["method"]), str(request["path"]), json=request["body"])
-        line = json.dumps({"id": request["id"], "status": reply.status_code, "body": reply.text})
+        try:
+            reply = await client.request(str(request["method"]), str(request["path"]), json=request["body"])
+            status, body = reply.status_code, reply.text
+        except Exception as error:  # as a server does: into the log, and 500 for this request alone
+            traceback.print_exc()
+            status, body = 500, repr(error)
+        line = json.dumps({"id": request["id"], "status": status, "body": body})
         writer.write(line.encode() + b"\n")
 
-    transport = httpx.ASGITransport(deploy.app, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(deploy.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://offline", timeout=None) as client:
         while line := await reader.readline():
             task = asyncio.create_task(one(json.loads(line)))
@@ -41,4 +47,6 @@ async def answer(deploy: AdapterDeploy, connection: socket.socket) -> None:
 if __name__ == "__main__":
     watch_starter()
     lines = socket.socket(fileno=int(os.environ["SWIFT_CL_LINES_FD"]))
-    asyncio.run(answer(AdapterDeploy(), lines))
+    deployed = AdapterDeploy()
+    deployed.jsonl_writer = None  # what its run() does before it starts uvicorn; the answers are stored elsewhere
+    asyncio.run(answer(deployed, lines))
