@@ -58,6 +58,7 @@ setup(
         "jinja2",
         "matplotlib",
         "rich",
+        "psutil",
     ],
     extras_require={**EXTRAS, "all": sorted({p for e in EXTRAS.values() for p in e} - {"lmdeploy>=0.8"})},
     entry_points={"console_scripts": ["swift-cl=swift_cl.cli.main:main"]},

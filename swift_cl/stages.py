@@ -36,6 +36,7 @@ class Stage:
         model_args: model_type, template, torch_dtype: what a server needs to load the base the same way.
         system: the system prompt of the stage, None for the template's default.
         started_from: `{"dir", "weights_sha256"}` of the stage before, or None.
+        probe: `{"messages", "logprobs"}`: what it answered right after training, None where that was not recorded.
     """
 
     dir: Path
@@ -51,6 +52,7 @@ class Stage:
     seed: int = 42
     started_from: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] | None = None
 
     @property
     def weights_dir(self) -> Path:

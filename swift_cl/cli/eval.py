@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.cli.exits import guarded
 
+CONCURRENCY, OFFLINE_CONCURRENCY = 16, 256
+
 if TYPE_CHECKING:
     from swift_cl.evaluation.grid import EvalOptions
 
@@ -22,15 +24,27 @@ def add_parser(subparsers: Any) -> None:
         help="serve once, fill the stage x task grid, score it",
         description="Ask the base model and every stage all test questions of all tasks, with one server that holds "
         "all adapters; score the answers; write results.json, report.md, report.html and matrix.png. Answers "
-        "are stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 when a "
-        "cell is null.",
+        "are stored as they arrive; a second call asks only what is missing, failed or changed. Exit code 1 when "
+        "answers are missing (see --fail_on_error) or a stage is not trained.",
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", help="a run folder; several share one server")
     add_question_flags(parser)
     add_scoring_flags(parser)
     add_asking_flags(parser)
     add_server_flags(parser)
+    add_budget_flag(parser)
     parser.set_defaults(run=run)
+
+
+def add_budget_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag that decides about the exit code."""
+    parser.add_argument(
+        "--fail_on_error",
+        metavar="X",
+        default="true",
+        help="exit code 1 when answers are missing: true (default), false (never), more than a number (10), or more "
+        "than a fraction (0.01) of all; a cell with a missing answer is null in any case",
+    )
 
 
 def add_question_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +105,13 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--temperature", metavar="X", type=float, help="default: the benchmark's or 0 (greedy)")
     group.add_argument(
-        "--concurrency", metavar="N", type=_positive, default=16, help="dialogues at a time (default 16)"
+        "--history",
+        choices=("own", "reference"),
+        default="own",
+        help="what later turns of a dialogue see: the model's own answers (default) or the references of the data",
+    )
+    group.add_argument(
+        "--concurrency", metavar="N", type=_positive, help="dialogues at a time; default: 16, or 256 without HTTP"
     )
     group.add_argument("--request_timeout", metavar="S", type=float, default=300.0, help="seconds an answer may take")
     group.add_argument(
@@ -105,7 +125,15 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of a server of our own."""
     group = parser.add_argument_group("server")
-    group.add_argument("--infer_backend", metavar="NAME", help="pt (default), vllm or lmdeploy")
+    group.add_argument(
+        "--infer_backend", metavar="NAME", help="pt (default), vllm, vllm-offline (in process, without HTTP), lmdeploy"
+    )
+    group.add_argument(
+        "--merge_stages",
+        action="store_true",
+        help="merge each stage into the base model and serve it alone, one after the other (for lmdeploy); needs the "
+        "disk space of one base model in the run folder",
+    )
     group.add_argument(
         "--server_python", metavar="PATH", help="interpreter with ms-swift and the backend; default: this"
     )
@@ -117,7 +145,10 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--max_batch_size", metavar="N", type=_positive, help="answers at a time (pt); default: --concurrency"
     )
     group.add_argument(
-        "--server_args", metavar="TEXT", default="", help="further flags of `swift deploy`, one text in quotes"
+        "--server_args",
+        metavar="TEXT",
+        default="",
+        help="further flags of `swift deploy`, one text in quotes; part of the answers' keys",
     )
 
 
@@ -136,7 +167,8 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
     from swift_cl.evaluation.client import RetryPolicy
     from swift_cl.evaluation.grid import DEFAULT_BACKEND, EvalOptions
     from swift_cl.evaluation.plan import GridOptions
-    from swift_cl.serving.backends import ServerOptions, check_name
+    from swift_cl.evaluation.servers import ServerSettings
+    from swift_cl.serving.backends import ServerOptions, check_name, is_offline
 
     given = vars(args)
     names = {}
@@ -148,23 +180,31 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
     backend = given.get("infer_backend")
     if backend is not None:
         check_name(backend)
-    if given.get("base_url") and (given.get("port") or given.get("server_python")):
-        raise UserError("--base_url names a server that runs already; --port and --server_python start one: choose")
-    concurrency = given.get("concurrency", 16)
+    ours = [f for f in ("port", "server_python", "merge_stages", "server_args", "max_batch_size") if given.get(f)]
+    if given.get("base_url") and ours:
+        raise UserError(f"--base_url names a server that runs already, --{ours[0]} is for starting one: choose")
+    if given.get("base_url") and backend is not None and is_offline(backend):
+        raise UserError(f"--infer_backend {backend} starts an engine of its own; it goes without --base_url")
+    offline = backend is not None and is_offline(backend)
+    concurrency = given.get("concurrency") or (OFFLINE_CONCURRENCY if offline else CONCURRENCY)
     return EvalOptions(
         grid=GridOptions(_path(args.benchmark), _path(args.data_dir), args.order, args.test_limit, args.model),
         backend=backend,
         base_url=given.get("base_url"),
         served_names=names,
-        server=ServerOptions(
-            backend=backend or DEFAULT_BACKEND,
-            python=given.get("server_python") or sys.executable,
-            max_batch_size=given.get("max_batch_size") or concurrency,
-            extra=tuple(shlex.split(given.get("server_args") or "")),
+        server=ServerSettings(
+            ServerOptions(
+                backend=backend or DEFAULT_BACKEND,
+                python=given.get("server_python") or sys.executable,
+                max_batch_size=given.get("max_batch_size") or concurrency,
+                extra=tuple(shlex.split(given.get("server_args") or "")),
+            ),
+            given.get("port"),
+            given.get("start_timeout", 900.0),
         ),
-        port=given.get("port"),
-        start_seconds=given.get("start_timeout", 900.0),
+        merge_stages=given.get("merge_stages", False),
         system=given.get("system", "stage"),
+        history=given.get("history", "own"),
         scorers=tuple(given.get("scorer", ())),
         scorer_model=given.get("scorer_model"),
         scorer_options=scorer_options(given.get("scorer_option", ())),
@@ -203,11 +243,14 @@ def _path(value: str | None) -> Path | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Ask and score; 1 if a cell is null."""
+    """Ask and score; 1 if more answers are missing than allowed."""
+    from swift_cl.evaluation.budget import parse_budget
     from swift_cl.evaluation.grid import evaluate
 
-    evaluate([Path(d) for d in args.run_dirs], options_from(args), _notify)
-    return show(args)
+    budget = parse_budget(args.fail_on_error)
+    evaluation = evaluate([Path(d) for d in args.run_dirs], options_from(args), _notify)
+    show(args)
+    return 0 if evaluation.passes(budget) else 1
 
 
 def main_ask(argv: list[str] | None = None) -> int:
@@ -220,6 +263,7 @@ def main_ask(argv: list[str] | None = None) -> int:
     add_question_flags(parser)
     add_asking_flags(parser)
     parser.add_argument("--infer_backend", metavar="NAME", help="what serves there, for the record: pt, vllm, ...")
+    add_budget_flag(parser)
     parser.set_defaults(base_url="http://127.0.0.1:8000/v1")
     return run_script(run_ask, parser, argv)
 
@@ -235,6 +279,7 @@ def main_score(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--infer_backend", metavar="NAME", help="what served the answers, for the record: pt, vllm, ..."
     )
+    add_budget_flag(parser)
     return run_script(run_score, parser, argv)
 
 
@@ -256,10 +301,11 @@ def run_script(
 
 
 def run_ask(args: argparse.Namespace) -> int:
-    """Only ask (`evaluation/test_ans.py`); 1 if an answer is missing."""
-    from swift_cl.evaluation.grid import ask, load_grids, missing_answers
+    """Only ask (`evaluation/test_ans.py`); 1 if more answers are missing than allowed."""
+    from swift_cl.evaluation.budget import parse_budget
+    from swift_cl.evaluation.grid import ask, count_answers, load_grids, missing_answers
 
-    options = options_from(args)
+    options, budget = options_from(args), parse_budget(args.fail_on_error)
     grids = load_grids([Path(d) for d in args.run_dirs], options.grid)
     ask(grids, options, _notify)
     problems = missing_answers(grids)
@@ -267,24 +313,27 @@ def run_ask(args: argparse.Namespace) -> int:
         _notify(line)
     if not problems:
         print(f"all questions are answered: {', '.join(str(grid.run.dir / 'answers') for grid in grids)}")
-    return 1 if problems else 0
+    untrained = any(stage is None for grid in grids for stage in grid.stages)
+    return 1 if untrained or not budget.allows(*count_answers(grids)) else 0
 
 
 def run_score(args: argparse.Namespace) -> int:
-    """Only score what is stored (`evaluation/sim.py`); 1 if a cell is null."""
+    """Only score what is stored (`evaluation/sim.py`); 1 if more answers are missing than allowed."""
+    from swift_cl.evaluation.budget import parse_budget
     from swift_cl.evaluation.grid import prepare, score
 
-    options = options_from(args)
+    options, budget = options_from(args), parse_budget(args.fail_on_error)
     grids, scorers = prepare([Path(d) for d in args.run_dirs], options)
-    score(grids, scorers, options)
-    return show(args)
+    evaluation = score(grids, scorers, options)
+    show(args)
+    return 0 if evaluation.passes(budget) else 1
 
 
-def show(args: argparse.Namespace) -> int:
+def show(args: argparse.Namespace) -> None:
     """Write the reports of the runs and print the table."""
     from swift_cl.cli import report
 
-    return report.run(args)
+    report.run(args)
 
 
 def _notify(line: str) -> None:

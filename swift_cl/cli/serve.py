@@ -32,10 +32,12 @@ def serve(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from swift_cl.serving.adapters import Deployment, check_deployment, stage_adapter, unique, weights_id
-    from swift_cl.serving.backends import ServerOptions, check_name, command
+    from swift_cl.serving.backends import ServerOptions, check_name, command, is_offline
     from swift_cl.serving.server import Server
     from swift_cl.stages import load_run
 
+    if is_offline(args.infer_backend):
+        raise UserError(f"--infer_backend {args.infer_backend} has no address; pass it to swift-cl eval")
     runs = [load_run(Path(folder).resolve()) for folder in args.run_dirs]
     full = [stage.dir for run in runs for stage in run.stages if stage.weights_sha256 is None]
     if full:

@@ -1,7 +1,8 @@
 """Ask every question that has no answer yet: dialogues side by side, turns one after the other.
 
-A dialogue continues with the model's own earlier answers. An answer is kept under a key of everything that shaped it,
-so a second run asks only what is missing, has failed, or has changed.
+A dialogue continues with the model's own earlier answers, or with the reference answers (teacher-forced history). An
+answer is kept under a key of everything that shaped it, so a second run asks only what is missing, has failed, or has
+changed.
 """
 
 import queue
@@ -11,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swift_cl.errors import RunFailure
-from swift_cl.evaluation.client import Endpoint, Generation, QuestionFailed
+from swift_cl.evaluation.client import Endpoint
+from swift_cl.evaluation.faults import QuestionFailed
+from swift_cl.evaluation.settings import Settings
 from swift_cl.evaluation.store import Answer, AnswerStore
-from swift_cl.io import sha256_json
 from swift_cl.stream.rows import Row
 
 
@@ -23,13 +25,15 @@ class Dialogue:
 
     Attributes:
         served: name of the model at the endpoint.
-        weights: identity of the model's weights.
+        weights: identity of the model's weights: the adapter's hash, or the model's id.
+        base: identity of the weights below the adapter; the same as `weights` where there is none.
         system: system prompt, None to send none.
         stores: where its answers go; several when runs share the model and the question.
     """
 
     served: str
     weights: str
+    base: str
     system: str | None
     row: Row
     stores: tuple[AnswerStore, ...]
@@ -49,22 +53,79 @@ def opening(dialogue: Dialogue) -> list[dict[str, str]]:
     return [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]
 
 
-def answer_key(weights: str, messages: Sequence[dict[str, str]], generation: Generation, backend: str) -> str:
-    """Key of an answer: weights, all messages (system prompt and history included), generation settings, backend."""
-    return sha256_json([weights, list(messages), generation.as_json(), backend])
+def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], str | None]) -> list[str]:
+    """The keys of a dialogue's turns as they would be asked now, up to the first whose history is not known.
 
-
-def is_answered(dialogue: Dialogue, generation: Generation, backend: str) -> bool:
-    """Whether every store holds the answer to every turn as it would be asked now."""
-    messages = opening(dialogue)
-    for turn, (question, _) in enumerate(dialogue.row.turns):
+    Args:
+        answers: (turn, its key) -> the model's answer, None where there is none.
+    """
+    messages, found = opening(dialogue), []
+    for turn, (question, reference) in enumerate(dialogue.row.turns):
         messages.append({"role": "user", "content": question})
-        key = answer_key(dialogue.weights, messages, generation, backend)
-        rows = [store.latest(dialogue.row.id, turn) for store in dialogue.stores]
-        if any(row is None or row["key"] != key or "answer" not in row for row in rows):
-            return False
-        messages.append({"role": "assistant", "content": str(rows[0] and rows[0]["answer"])})
+        found.append(settings.key(dialogue.base, dialogue.weights, messages))
+        answer = answers(turn, found[-1])
+        if answer is None and settings.history == "own":
+            break
+        messages.append(settings.continued(answer or "", reference))
+    return found
+
+
+def restore(dialogue: Dialogue, settings: Settings) -> bool:
+    """Whether the stores hold the answer to every turn as it would be asked now.
+
+    If so, each of them holds it in front afterwards, though answers under other settings had overtaken it.
+    """
+    found: list[Answer] = []
+
+    def answered(turn: int, key: str) -> str | None:
+        row = _find(dialogue, turn, key)
+        if row is not None:
+            found.append(row)
+        return None if row is None else str(row["answer"])
+
+    keys(dialogue, settings, answered)
+    if len(found) < len(dialogue.row.turns):
+        return False
+    for turn, (row, (question, reference)) in enumerate(zip(found, dialogue.row.turns, strict=True)):
+        _keep(dialogue, _row(dialogue, turn, question, reference, row["key"]) | _said(row))
     return True
+
+
+def _find(dialogue: Dialogue, turn: int, key: str) -> Answer | None:
+    """A stored answer to exactly this request: the turn's own, or else that of an equal question."""
+    for store in dialogue.stores:
+        latest = store.latest(dialogue.row.id, turn)
+        if latest is not None and latest["key"] == key and "answer" in latest:
+            return latest
+    return next((row for store in dialogue.stores if (row := store.answered(key))), None)
+
+
+def _said(row: Answer) -> Answer:
+    return {name: row[name] for name in ("answer", "finish")}
+
+
+def _row(dialogue: Dialogue, turn: int, question: str, reference: str, key: str) -> Answer:
+    return {
+        "id": dialogue.row.id,
+        "turn": turn,
+        "question": question,
+        "reference": reference,
+        "served": dialogue.served,
+        "weights": dialogue.weights,
+        "key": key,
+    }
+
+
+def _keep(dialogue: Dialogue, answer: Answer) -> None:
+    """Write an answer to every store in which it is not the latest of its turn."""
+    for store in dialogue.stores:
+        latest = store.latest(answer["id"], answer["turn"])
+        if latest is None or _without_name(latest) != _without_name(answer):
+            store.append(answer)
+
+
+def _without_name(row: Answer) -> Answer:
+    return {name: value for name, value in row.items() if name != "served"}
 
 
 class Asker:
@@ -80,13 +141,12 @@ class Asker:
     def __init__(
         self,
         endpoint: Endpoint,
-        generation: Generation,
-        backend: str,
+        settings: Settings,
         concurrency: int = 16,
         known_names: Iterable[str] = (),
         give_up_after: int = 16,
     ) -> None:
-        self.endpoint, self.generation, self.backend = endpoint, generation, backend
+        self.endpoint, self.settings = endpoint, settings
         self.concurrency, self.known_names, self.give_up_after = concurrency, frozenset(known_names), give_up_after
         self._lost_in_a_row = 0
         self._lock = threading.Lock()
@@ -137,21 +197,13 @@ class Asker:
         lost: str | None = None
         for turn, (question, reference) in enumerate(dialogue.row.turns):
             messages.append({"role": "user", "content": question})
-            key = answer_key(dialogue.weights, messages, self.generation, self.backend)
-            answer: Answer = {
-                "id": dialogue.row.id,
-                "turn": turn,
-                "question": question,
-                "reference": reference,
-                "served": dialogue.served,
-                "weights": dialogue.weights,
-                "key": key,
-            }
-            stored = next((row for store in dialogue.stores if (row := store.answered(key))), None)
+            key = self.settings.key(dialogue.base, dialogue.weights, messages)
+            answer = _row(dialogue, turn, question, reference, key)
+            stored = _find(dialogue, turn, key)
             if lost is not None:
                 answer["error"] = f"not asked, because turn {lost} of the dialogue failed"
             elif stored is not None:
-                answer |= {name: stored[name] for name in ("answer", "finish")}
+                answer |= _said(stored)
             else:
                 answer |= self._reply(dialogue, messages)
             with self._lock:
@@ -159,18 +211,18 @@ class Asker:
                 tally.asked += stored is None and lost is None
                 if "error" in answer:
                     tally.failures.append(f"{dialogue.served}, {dialogue.row.id}, turn {turn}: {answer['error']}")
-            for store in dialogue.stores:
-                if store.latest(dialogue.row.id, turn) != answer:
-                    store.append(answer)
+            _keep(dialogue, answer)
             done(answer)
-            if "error" in answer:
-                lost = lost or str(turn)
+            if "error" not in answer:
+                messages.append(self.settings.continued(answer["answer"], reference))
+            elif self.settings.history == "reference":
+                messages.append(self.settings.continued("", reference))
             else:
-                messages.append({"role": "assistant", "content": answer["answer"]})
+                lost = lost or str(turn)
 
     def _reply(self, dialogue: Dialogue, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
         try:
-            reply = self.endpoint.ask(dialogue.served, messages, self.generation)
+            reply = self.endpoint.ask(dialogue.served, messages, self.settings.generation)
         except QuestionFailed as failure:
             self.endpoint.check_alive()
             self._count_loss(failure)

@@ -1,7 +1,4 @@
-"""Ask an OpenAI-compatible endpoint: retries where they make sense, and errors that say whether going on does.
-
-ms-swift answers every failure with HTTP 400, unknown models included, so a 400 is classified by its text.
-"""
+"""Ask an OpenAI-compatible endpoint: retries where they make sense, and errors that say whether going on does."""
 
 import random
 import threading
@@ -10,23 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.evaluation.faults import QuestionFailed as QuestionFailed
+from swift_cl.evaluation.faults import classified, describe, is_retryable, retry_after
 
 if TYPE_CHECKING:
-    from openai import APIStatusError
+    from httpx import BaseTransport
     from openai.types.chat import ChatCompletion
     from tenacity import RetryCallState
 
 Message = Mapping[str, str]
-RETRIED_STATUS = frozenset({408, 409, 425, 429})
-MODEL_UNKNOWN = ("not in the model_list", "model_not_found", "does not exist", "not found", "unknown model")
-
-
-class QuestionFailed(Exception):
-    """One question got no answer; the others may. `endpoint_at_fault` tells a dead endpoint from a bad question."""
-
-    def __init__(self, message: str, endpoint_at_fault: bool) -> None:
-        super().__init__(message)
-        self.endpoint_at_fault = endpoint_at_fault
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,8 @@ class RetryPolicy:
 
     Attributes:
         attempts: how often a question is asked at most.
-        longest_wait: seconds between two attempts at most; the wait doubles from half a second, with jitter.
+        longest_wait: seconds between two attempts at most; the wait doubles from half a second, with jitter. An
+            endpoint that asks for more time (Retry-After) gets it, up to two minutes.
         timeout: seconds an answer may take.
     """
 
@@ -79,6 +69,7 @@ class Endpoint:
         base_url: root of the API, e.g. `http://127.0.0.1:8000/v1`.
         check_alive: called between attempts; raises when the server is known to be dead.
         api_key_env: environment variable that holds the key.
+        transport: carries the requests instead of HTTP, see `swift_cl.serving.offline`.
     """
 
     def __init__(
@@ -87,6 +78,7 @@ class Endpoint:
         retry: RetryPolicy | None = None,
         check_alive: Callable[[], None] = lambda: None,
         api_key_env: str = "OPENAI_API_KEY",
+        transport: "BaseTransport | None" = None,
     ) -> None:
         import os
         from urllib.parse import urlsplit
@@ -98,13 +90,21 @@ class Endpoint:
         self.check_alive = check_alive
         self.api_key_env = api_key_env
         self.stopped = threading.Event()
-        local = urlsplit(self.base_url).hostname in ("127.0.0.1", "localhost", "::1")
+        client: Any
+        if transport is not None:
+            from httpx import Client
+
+            client = Client(transport=transport)
+        else:
+            # No proxy between us and our own server.
+            local = urlsplit(self.base_url).hostname in ("127.0.0.1", "localhost", "::1")
+            client = DefaultHttpxClient(trust_env=not local)
         self._client = OpenAI(
             base_url=self.base_url,
             api_key=os.environ.get(api_key_env) or "none",
             max_retries=0,  # retried below, where it is known what is worth it
             timeout=self.retry.timeout,
-            http_client=DefaultHttpxClient(trust_env=not local),  # no proxy between us and our own server
+            http_client=client,
         )
 
     def close(self) -> None:
@@ -142,7 +142,9 @@ class Endpoint:
         choice = reply.choices[0]
         if choice.message.content is None:
             raise QuestionFailed(f"the response has no text (finish_reason {choice.finish_reason!r})", False)
-        return Reply(choice.message.content, choice.finish_reason, reply.model)
+        # JSON can spell half a character (a lone surrogate), which no UTF-8 file can hold.
+        text = choice.message.content.encode("utf-8", "replace").decode()
+        return Reply(text, choice.finish_reason, reply.model)
 
     def first_logprobs(self, model: str, messages: Sequence[Message]) -> dict[str, float] | None:
         """Log-probabilities (natural) of the likeliest first tokens; None where the endpoint does not give any."""
@@ -161,7 +163,7 @@ class Endpoint:
         def wait(state: "RetryCallState") -> float:
             longest = min(self.retry.longest_wait, 0.5 * 2 ** (state.attempt_number - 1))
             error = state.outcome.exception() if state.outcome else None
-            return max(random.uniform(longest / 2, longest), min(_retry_after(error), self.retry.longest_wait))
+            return max(random.uniform(longest / 2, longest), retry_after(error))
 
         def before_sleep(state: "RetryCallState") -> None:
             self.check_alive()
@@ -186,7 +188,7 @@ class Endpoint:
         try:
             reply = create(model=model, messages=list(messages), **fields)
         except APIStatusError as error:
-            raise self._classified(error, model) from error
+            raise classified(error, self.base_url, model, self.api_key_env) from error
         except APIConnectionError as error:
             raise QuestionFailed(describe(error), True) from error
         except (OpenAIError, json.JSONDecodeError) as error:
@@ -194,33 +196,3 @@ class Endpoint:
         if not isinstance(reply, ChatCompletion) or not reply.choices:
             raise QuestionFailed("the response has no choices", True)
         return reply
-
-    def _classified(self, error: "APIStatusError", model: str) -> Exception:
-        status, text = error.status_code, describe(error)
-        if status in RETRIED_STATUS or status >= 500:
-            return QuestionFailed(text, True)
-        if status in (401, 403):
-            return RunFailure(f"{self.base_url} refuses the key ({text}); set {self.api_key_env}")
-        if status in (400, 404) and any(sign in text.lower() for sign in MODEL_UNKNOWN):
-            return RunFailure(f"{self.base_url} does not serve {model!r}: {text}")
-        return QuestionFailed(text, False)
-
-
-def is_retryable(error: BaseException) -> bool:
-    """Whether asking again may help: connection lost, time-out, 408, 409, 425, 429 or 5xx; never another 4xx."""
-    return isinstance(error, QuestionFailed) and error.endpoint_at_fault
-
-
-def _retry_after(error: BaseException | None) -> float:
-    """Seconds that the endpoint asked us to wait, 0 if it did not say."""
-    response = getattr(getattr(error, "__cause__", None), "response", None)
-    value = response.headers.get("retry-after", "") if response is not None else ""
-    return float(value) if value.replace(".", "", 1).isdigit() else 0.0
-
-
-def describe(error: BaseException) -> str:
-    """An error as one line of at most 300 characters: type or status, and what it says."""
-    response = getattr(error, "response", None)
-    text = response.text if response is not None else str(error.__cause__ or error)
-    kind = f"HTTP {response.status_code}" if response is not None else type(error).__name__
-    return f"{kind}: {' '.join(text.split())}"[:300]

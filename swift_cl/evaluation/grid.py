@@ -2,22 +2,25 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import RunFailure, UserError
-from swift_cl.evaluation.ask import Asker, Dialogue, is_answered, opening
+from swift_cl.evaluation.ask import Asker, Dialogue, restore
+from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
-from swift_cl.evaluation.identity import IDENTITY_FILE, PROBES, IdentityCheck
-from swift_cl.evaluation.plan import BASE, Grid, GridOptions, Target, load_grid, system_prompt
+from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
+from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
+from swift_cl.evaluation.questions import Stores, base_of, dialogues, probes
 from swift_cl.evaluation.results import Scored, collect, score_grids
 from swift_cl.evaluation.scoring import GridScorer, choose_scorers, load_scorers
-from swift_cl.evaluation.store import AnswerStore, answer_path
+from swift_cl.evaluation.servers import ServerPlan, ServerSettings, each_once, names_at, plan_servers, serve
+from swift_cl.evaluation.settings import Settings
 from swift_cl.io import sha256_json
-from swift_cl.serving.adapters import Deployment, check_deployment, unique
-from swift_cl.serving.backends import ServerOptions, command
-from swift_cl.serving.server import Server
+from swift_cl.serving import backends
+from swift_cl.serving.backends import ServerOptions
+from swift_cl.serving.server import terminate_raises
 from swift_cl.stream.benchmark import ScorerOptions
 
 DEFAULT_BACKEND = "pt"
@@ -33,9 +36,11 @@ class EvalOptions:
         backend: see `swift_cl.serving.backends`; None for pt, or for an endpoint of unknown kind with `base_url`.
         base_url: an endpoint that runs already; None to start a server.
         served_names: names at that endpoint by row (`base`, a stage's folder name), where they are not the usual ones.
-        server: interpreter, batch size and further flags of a server of ours.
+        server: interpreter, port and further flags of a server of ours.
+        merge_stages: merge each stage into the base model and serve it alone.
         system: see `plan.system_prompt`.
         scorer_options: settings by scorer name, which win over the benchmark's.
+        history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
     """
 
@@ -43,10 +48,10 @@ class EvalOptions:
     backend: str | None = None
     base_url: str | None = None
     served_names: Mapping[str, str] = field(default_factory=dict)
-    server: ServerOptions = field(default_factory=ServerOptions)
-    port: int | None = None
-    start_seconds: float = 900.0
+    server: ServerSettings = field(default_factory=lambda: ServerSettings(ServerOptions()))
+    merge_stages: bool = False
     system: str = "stage"
+    history: str = "own"
     scorers: tuple[str, ...] = ()
     scorer_model: str | None = None
     scorer_options: ScorerOptions = field(default_factory=dict)
@@ -58,41 +63,16 @@ class EvalOptions:
 
     @property
     def backend_name(self) -> str:
-        """What results.json and the answers' keys say."""
+        """What results.json says."""
         return self.backend or (ENDPOINT_BACKEND if self.base_url else DEFAULT_BACKEND)
 
-
-@dataclass(frozen=True)
-class ServerPlan:
-    """One server and the rows of all runs that it answers."""
-
-    deployment: Deployment
-    targets: tuple[tuple[Grid, Target], ...]
-
-    def served(self, target: Target) -> str:
-        """The name a target has on this server; runs that share an adapter's content share its name."""
-        for adapter in self.deployment.adapters:
-            if adapter.sha256 == target.weights:
-                return adapter.name
-        return target.served
-
-
-def plan_servers(grids: Sequence[Grid]) -> list[ServerPlan]:
-    """As few servers as possible: one for every base model, with the adapters of all its runs, and one for every fully
-    fine-tuned stage."""
-    groups: dict[str, list[tuple[Grid, Target]]] = {}
-    bases = {id(grid): grid.base.weights for grid in grids}
-    for grid in grids:
-        for target in grid.targets:
-            shared = target.deployment == grid.base.deployment
-            model = bases[id(grid)] if shared else target.weights
-            groups.setdefault(sha256_json([model, dict(target.deployment.model_args)]), []).append((grid, target))
-    plans = []
-    for members in groups.values():
-        first = members[0][1].deployment
-        adapters = unique(adapter for _, target in members for adapter in target.deployment.adapters)
-        plans.append(ServerPlan(Deployment(first.model, first.model_args, adapters), tuple(members)))
-    return plans
+    @property
+    def backend_identity(self) -> str:
+        """What the answers' keys say: the engine with its version, where it is ours and the version is known."""
+        if self.base_url is not None:
+            return self.backend_name
+        merged = "; stages merged" if self.merge_stages else ""
+        return backends.identity(self.server.options) + merged
 
 
 def generation(grids: Sequence[Grid], options: EvalOptions) -> Generation:
@@ -111,39 +91,19 @@ def generation(grids: Sequence[Grid], options: EvalOptions) -> Generation:
     )
 
 
-class _Stores:
-    """Opens every answer file once."""
-
-    def __init__(self) -> None:
-        self._open: dict[Path, AnswerStore] = {}
-
-    def __call__(self, grid: Grid, target: Target, task: str) -> AnswerStore:
-        path = answer_path(grid.run.dir, target.row, task).resolve()
-        if path not in self._open:
-            self._open[path] = AnswerStore(path)
-        return self._open[path]
-
-
-def dialogues(plan: ServerPlan, policy: str, stores: Callable[[Grid, Target, str], AnswerStore]) -> list[Dialogue]:
-    """All dialogues of a server, model by model, so that batches are of one adapter; those that runs share once."""
-    merged: dict[str, tuple[Dialogue, list[AnswerStore]]] = {}
-    for grid, target in plan.targets:
-        for task, rows in zip(grid.tasks, grid.rows, strict=True):
-            store = stores(grid, target, task.name)
-            for row in rows:
-                system = system_prompt(policy, target, task, row)
-                key = sha256_json([target.weights, task.name, system, row.id, row.content_hash])
-                found = Dialogue(plan.served(target), target.weights, system, row, ())
-                merged.setdefault(key, (found, []))[1].append(store)
-    ordered = sorted(merged.values(), key=lambda item: item[0].served)
-    return [Dialogue(d.served, d.weights, d.system, d.row, tuple(dict.fromkeys(found))) for d, found in ordered]
-
-
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation gave: results by run, and whether every cell was measured."""
+    """What an evaluation gave: results by run, and whether every cell was measured.
+
+    Attributes:
+        lost: turns without an answer, over all cells of the trained stages.
+        turns: all turns of these cells.
+    """
 
     scored: list[Scored]
+    lost: int = 0
+    turns: int = 0
+    untrained: bool = False
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -154,6 +114,10 @@ class Evaluation:
     def complete(self) -> bool:
         """Whether no cell is null."""
         return not any(entry.problems for entry in self.scored)
+
+    def passes(self, budget: ErrorBudget) -> bool:
+        """Whether no more answers are missing than allowed. A stage that is not trained is never allowed."""
+        return not self.untrained and budget.allows(self.lost, self.turns)
 
 
 def evaluate(run_dirs: Sequence[Path], options: EvalOptions, notify: Callable[[str], None] = print) -> Evaluation:
@@ -170,7 +134,9 @@ def evaluate(run_dirs: Sequence[Path], options: EvalOptions, notify: Callable[[s
     try:
         ask(grids, options, notify)
     except RunFailure:
-        score(grids, scorers, options)
+        # A full disk, the reason why asking stopped, must not hide behind a results.json that cannot be written.
+        with contextlib.suppress(OSError):
+            score(grids, scorers, options)
         raise
     return score(grids, scorers, options)
 
@@ -192,49 +158,56 @@ def missing_answers(grids: Sequence[Grid]) -> list[str]:
     return [f"{grid.run.dir}: {line}" for grid in grids for line in collect(grid)[1]]
 
 
+def count_answers(grids: Sequence[Grid]) -> tuple[int, int]:
+    """Turns without an answer, and all turns, over the cells of the base and the trained stages."""
+    cells = [cell for grid in grids for cell in collect(grid)[0].values()]
+    return sum(cell.expected - len(cell.items) for cell in cells), sum(cell.expected for cell in cells)
+
+
 def score(grids: Sequence[Grid], scorers: Sequence[Sequence[GridScorer]], options: EvalOptions) -> Evaluation:
     """Score what is stored; `scorers` are those of each grid."""
-    return Evaluation(score_grids(grids, scorers, options.backend_name))
+    scored = score_grids(grids, scorers, options.backend_name)
+    return Evaluation(scored, *count_answers(grids), any(stage is None for grid in grids for stage in grid.stages))
 
 
 def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], None] = print) -> None:
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
-    plans = plan_servers(grids)
+    plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:
         for plan in plans:
-            check_deployment(plan.deployment)
-    settings, stores = generation(grids, options), _Stores()
-    probes = _probes(grids)
-    identity = IdentityCheck(probes, options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    work = [(plan, dialogues(plan, options.system, stores)) for plan in plans]
+            plan.check()
+    settings = Settings(generation(grids, options), options.backend_identity, options.history, options.system)
+    stores = Stores()
+    identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
+    work = [(plan, dialogues(plan.targets, plan.served, options.system, stores)) for plan in plans]
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
-    with tqdm(total=total, desc="questions", unit="q", dynamic_ncols=True, smoothing=0.05) as bar:
+    with terminate_raises(), tqdm(total=total, desc="questions", unit="q", dynamic_ncols=True, smoothing=0.05) as bar:
 
         def say(line: str) -> None:
             with bar.external_write_mode():
                 notify(line)
 
         for plan, found in work:
-            pending = [dialogue for dialogue in found if not is_answered(dialogue, settings, options.backend_name)]
+            pending = [dialogue for dialogue in found if not restore(dialogue, settings)]
             bar.update(sum(len(d.row.turns) for d in found) - sum(len(d.row.turns) for d in pending))
             if not pending:
                 continue
             with _endpoint(plan, grids, options, say) as endpoint:
-                names = _names_at(endpoint, plan, options)
+                names = names_at(endpoint, plan, options.served_names)
                 if options.identity_check:
-                    identity.check(endpoint, _once(plan, names))
+                    identity.check(endpoint, each_once(plan, names))
                     identity.save()
+                _save_settings(grids, settings)
                 asker = Asker(
                     endpoint,
                     settings,
-                    options.backend_name,
                     options.concurrency,
                     [name for name in names.values() if name != plan.deployment.base_name],
                     max(options.concurrency, 8),
                 )
-                renamed = [Dialogue(names[d.weights], d.weights, d.system, d.row, d.stores) for d in pending]
+                renamed = [replace(d, served=names[d.weights]) for d in pending]
                 failures = [
                     failure
                     for group in _base_apart(renamed, plan)
@@ -242,6 +215,13 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
                 ]
             if failures:
                 say(f"{len(failures)} questions failed, for example: {failures[0]}")
+    _save_settings(grids, settings)
+
+
+def _save_settings(grids: Sequence[Grid], settings: Settings) -> None:
+    """From now on only answers under these settings count."""
+    for grid in grids:
+        settings.save(grid.run.dir, base_of(grid, grid.base))
 
 
 def _base_apart(pending: Sequence[Dialogue], plan: ServerPlan) -> list[list[Dialogue]]:
@@ -263,50 +243,5 @@ def _endpoint(
         with contextlib.closing(Endpoint(options.base_url, options.retry)) as endpoint:
             yield endpoint
         return
-    server = Server(
-        lambda host, port: command(plan.deployment, options.server, host, port),
-        plan.deployment.names,
-        grids[0].run.dir / "logs" / "server.log",
-        options.port,
-        start_seconds=options.start_seconds,
-        notify=notify,
-    )
-    with server, contextlib.closing(Endpoint(server.base_url, options.retry, server.check_alive)) as endpoint:
+    with serve(plan, grids[0].run.dir, options.server, options.retry, notify) as endpoint:
         yield endpoint
-
-
-def _names_at(endpoint: Endpoint, plan: ServerPlan, options: EvalOptions) -> dict[str, str]:
-    """For each target's weights the name it is asked under; each must be listed by the endpoint."""
-    listed = endpoint.models()
-    names: dict[str, str] = {}
-    for grid, target in plan.targets:
-        usual = [plan.served(target), *([grid.run.model] if target.row == BASE else [target.row])]
-        wanted = [options.served_names[target.row]] if target.row in options.served_names else usual
-        name = next((name for name in wanted if name in listed), None)
-        if name is None:
-            raise UserError(
-                f"{endpoint.base_url} lists no model {' or '.join(wanted)} for {target.row} of {grid.run.dir}; it "
-                f"lists {', '.join(listed)}; pass --served_name {target.row}=NAME if it has another name there"
-            )
-        names.setdefault(target.weights, name)
-    return names
-
-
-def _once(plan: ServerPlan, names: Mapping[str, str]) -> list[tuple[Target, str]]:
-    """Each weights of a server once, the base first."""
-    found: dict[str, tuple[Target, str]] = {}
-    for _, target in plan.targets:
-        found.setdefault(target.weights, (target, names[target.weights]))
-    return sorted(found.values(), key=lambda item: item[0].row != BASE)
-
-
-def _probes(grids: Sequence[Grid]) -> list[list[dict[str, str]]]:
-    """The first question of the first few tasks."""
-    grid = grids[0]
-    found = []
-    for task, rows in list(zip(grid.tasks, grid.rows, strict=True))[:PROBES]:
-        row = rows[0]
-        system = system_prompt("task", grid.base, task, row)
-        dialogue = Dialogue(grid.base.served, grid.base.weights, system, row, ())
-        found.append([*opening(dialogue), {"role": "user", "content": row.turns[0][0]}])
-    return found

@@ -1,17 +1,19 @@
 """Is each adapter really served? Found out before anything is scored, by what the models say to a few probes.
 
 A fingerprint is the log-probabilities of the likeliest first tokens for each probe (or, where an endpoint gives none,
-the first words of its answers). Three things stop the run: an adapter whose fingerprint is the base model's, two
-different adapters with one fingerprint, and an adapter that is farther from its own earlier fingerprint than another
-one is. The last needs an earlier evaluation; its fingerprints are kept in RUN_DIR/identity.json.
+the first words of its answers). Four things stop the run: an adapter whose fingerprint is the base model's, two
+different adapters with one fingerprint, an adapter that does not answer as its stage recorded after training (or
+another one does so better), and an adapter that is farther from its own earlier fingerprint than another one is. The
+last needs an earlier evaluation; its fingerprints are kept in RUN_DIR/identity.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import RunFailure
-from swift_cl.evaluation.client import Endpoint, Generation, Message, QuestionFailed
+from swift_cl.evaluation.client import Endpoint, Generation, Message
+from swift_cl.evaluation.faults import QuestionFailed
 from swift_cl.evaluation.plan import Target
 from swift_cl.io import read_json, sha256_json, write_json
 from swift_cl.serving.adapters import is_all_zero, stage_adapter
@@ -25,6 +27,8 @@ SAME = 1e-6
 """Nats; below this two fingerprints are one. Raised to twice the difference between two asks of the same model."""
 SUSPICIOUS = 1e-2
 """Nats; a fingerprint this close to its earlier one is not suspected of being another adapter's."""
+FAR = 1.0
+"""Nats; farther from what its stage recorded after training, an answer is of other weights, whatever the precision."""
 WAY_OUT = "if they are known to be right, pass --no_identity_check"
 
 Fingerprint = list[dict[str, float]]
@@ -82,6 +86,7 @@ class IdentityCheck:
                 if other.weights != target.weights and distance(mine, theirs) <= self._noise:
                     self._refuse_unless_equal(endpoint, target, other)
             self._seen.append((target, mine))
+        self._compare_with_training(endpoint, targets)
         self._compare_with_earlier(endpoint)
 
     def _refuse_unless_equal(self, endpoint: Endpoint, target: Target, other: Target) -> None:
@@ -95,6 +100,23 @@ class IdentityCheck:
             f"{endpoint.base_url}: {target.served!r} answers exactly as {what} does, so the endpoint does not really "
             f"serve both; {WAY_OUT}"
         )
+
+    def _compare_with_training(self, endpoint: Endpoint, targets: Sequence[tuple[Target, str]]) -> None:
+        """Each adapter must answer its stage's probe as it did after training, and better so than any other does."""
+        for target, served in targets:
+            probe = target.stage.probe if target.stage is not None else None
+            gap = None if probe is None else _gap(endpoint, served, probe)
+            if probe is None or gap is None or gap <= max(SUSPICIOUS, self._noise):
+                continue
+            off = f"does not answer as its stage did after training ({gap:.2g} nats off)"
+            what = f"{endpoint.base_url}: {served!r} {off}"
+            others = [name for other, name in targets if other.weights != target.weights]
+            gaps = [(theirs, name) for name in others if (theirs := _gap(endpoint, name, probe)) is not None]
+            nearest = min(gaps, default=(gap, served))
+            if nearest[0] < gap:
+                raise RunFailure(f"{what}, {nearest[1]!r} rather does; {WAY_OUT}")
+            if gap > FAR:
+                raise RunFailure(f"{what}; {WAY_OUT}")
 
     def _compare_with_earlier(self, endpoint: Endpoint) -> None:
         for file in self.files:
@@ -118,6 +140,12 @@ class IdentityCheck:
             for target, mine in self._seen:
                 kept.setdefault(target.weights, mine)
             write_json(file, {"schema": IDENTITY_SCHEMA, "fingerprints": groups})
+
+
+def _gap(endpoint: Endpoint, served: str, probe: Mapping[str, Any]) -> float | None:
+    """Nats between a recorded probe and a served model's answer to it; None where no log-probabilities are given."""
+    found = endpoint.first_logprobs(served, probe["messages"])
+    return None if found is None else distance([found], [probe["logprobs"]])
 
 
 def _read(file: Path) -> dict[str, dict[str, Fingerprint]]:

@@ -19,9 +19,11 @@ from typing import Any
 from swift_cl.evaluation.floors import joint_row, results_beside, shuffled
 from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
+from swift_cl.evaluation.questions import wanted_keys
 from swift_cl.evaluation.score_files import write_scores
 from swift_cl.evaluation.scorers import Item, module
 from swift_cl.evaluation.scoring import GridScorer, ScoredCell, facts, reference_items, score_cells
+from swift_cl.evaluation.settings import load_settings
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import write_json
 from swift_cl.stream.benchmark import Task
@@ -56,13 +58,16 @@ class CellAnswers:
         return len(self.items) == self.expected
 
 
-def cell_answers(store: AnswerStore, turns: Sequence[Item], weights: str) -> CellAnswers:
+def cell_answers(
+    store: AnswerStore, turns: Sequence[Item], weights: str, wanted: Mapping[tuple[str, int], str] | None = None
+) -> CellAnswers:
     """Pair answers with references by sample id and turn.
 
     Args:
         turns: all turns of the test data, each answered by its reference.
 
-    An answer counts only if it answers the question that the data has today, by the weights that the stage has today.
+    An answer counts only if it answers the question that the data has today, by the weights that the stage has today,
+    and, with `wanted` (keys by sample id and turn), under the settings of today.
     """
     items: list[Item] = []
     keys: list[str] = []
@@ -78,6 +83,8 @@ def cell_answers(store: AnswerStore, turns: Sequence[Item], weights: str) -> Cel
             reason = "the stored answer is from other weights; the stage was trained again"
         elif "error" in answer:
             reason = str(answer["error"])
+        elif wanted is not None and wanted.get((turn.id, turn.turn)) != answer["key"]:
+            reason = "the stored answer was asked with other settings, another prompt or history"
         else:
             items.append(replace(turn, answer=answer["answer"]))
             keys.append(answer["key"])
@@ -106,9 +113,12 @@ def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
     problems: list[str] = []
     cells: dict[tuple[str, str], CellAnswers] = {}
     turns = {task.name: reference_items(task, rows) for task, rows in zip(grid.tasks, grid.rows, strict=True)}
+    asked = load_settings(grid.run.dir)
     for target in grid.targets:
-        for task in grid.tasks:
-            found = cell_answers(grid.store(target, task), turns[task.name], target.weights)
+        for task, rows in zip(grid.tasks, grid.rows, strict=True):
+            store = grid.store(target, task)
+            wanted = None if asked is None else wanted_keys(grid, target, task, rows, store, *asked)
+            found = cell_answers(store, turns[task.name], target.weights, wanted)
             cells[target.row, task.name] = found
             if not found.complete:
                 missing = found.expected - len(found.items)

@@ -6,6 +6,7 @@ reason (error, Ctrl-C, SIGTERM); if this process is killed outright, the worker 
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.serving.backends import Command
@@ -23,6 +25,8 @@ HOST = "127.0.0.1"
 LOG_LINES = 20
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.25
+PORT_LINE = re.compile(rb"^swift-cl server port (\d+)$", re.MULTILINE)
+"""What our worker prints: ms-swift may take another port than the one it was told."""
 
 
 def reserve_port(port: int | None = None, host: str = HOST) -> int:
@@ -118,18 +122,36 @@ class Server:
         # A torchrun environment around us is not the server's.
         for name in ("NPROC_PER_NODE", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
             env.pop(name, None)
-        self.notify(f"starting the server on {self.host}:{self.port}, its log is {self.log}")
+        self.notify(f"starting the server {self._where}, its log is {self.log}")
         with open(self.log, "wb") as log:
             log.write(f"{shlex.join(self.command.argv)}\n".encode())
             log.flush()
-            self._process = subprocess.Popen(
-                self.command.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
+            self._process = self._spawn(env, stdout=log)
+
+    @property
+    def _where(self) -> str:
+        return f"on {self.host}:{self.port}"
+
+    def _spawn(self, env: dict[str, str], **options: Any) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            self.command.argv,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+            **options,
+        )
+
+    def _listed(self) -> list[str]:
+        """The names that the server lists; only once it has said on which port it really listens."""
+        found = PORT_LINE.search(self.log.read_bytes())
+        if found is None:
+            raise OSError("it has not said on which port it listens")
+        port = int(found[1])
+        if port != self.port:
+            self.notify(f"port {self.port} was taken meanwhile, the server listens on {port}")
+            self.port = port
+        return served_names(self.base_url)
 
     def _wait_until_ready(self) -> None:
         start = time.monotonic()
@@ -139,7 +161,7 @@ class Server:
                 # Nothing was asked yet, so nothing is lost: its settings, or what it was to load, are wrong.
                 raise UserError(self._explain(self._ended("at start")))
             try:
-                listed = served_names(self.base_url)
+                listed = self._listed()
             except (OSError, ValueError) as error:
                 problem = f"it does not answer ({type(error).__name__})"
             else:
@@ -169,13 +191,28 @@ class Server:
         return f"{what}\ncommand: {shlex.join(self.command.argv)}\nlast lines of {self.log}:\n{tail}"
 
     def stop(self) -> None:
-        """End the whole process group: politely first, then by force."""
+        """End the server with all its descendants: politely first, then by force."""
         process, self._process = self._process, None
         if process is not None:
-            for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-                if not _signal_group(process.pid, number) or _group_ends(process, seconds):
-                    break
+            end_group(process)
         self._signals.close()
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that leads a group, its group, and those of its descendants that left the group."""
+    import psutil
+
+    try:
+        family = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if not _signal_group(process.pid, number) or _group_ends(process, STOP_SECONDS):
+            break
+    for child in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()  # psutil never kills a process that got the number of one that has ended
+    psutil.wait_procs(family, STOP_SECONDS)
 
 
 def _signal_group(group: int, number: int) -> bool:

@@ -23,6 +23,7 @@ from swift_cl.stages import ADAPTER_DIR, WEIGHTS, Stage
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
 from swift_cl.training.checkpoints import STARTED_FILE
 from swift_cl.training.flags import flag_values
+from swift_cl.training.probe import probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
 from swift_cl.training.trainer import TRAINERS
@@ -193,6 +194,7 @@ class CLSft(SwiftSft):
         """Write adapter/, cl_state/ and, last, stage.json."""
         output_dir = Path(self.args.output_dir)
         weights = self._save_weights(trainer, output_dir)
+        probe = self._probe(trainer)
         self.session.end_task(self.args.model)
         if distributed.world()[0] == 0:
             file = output_dir / weights / WEIGHTS
@@ -229,8 +231,19 @@ class CLSft(SwiftSft):
                     "seconds": round(time.time() - self._started, 1),
                     "processes": distributed.world()[1],
                 },
+                probe=probe,
             ).save()
         distributed.barrier()
+
+    def _probe(self, trainer: Any) -> dict[str, Any] | None:
+        """What the exported weights answer; None where other weights are exported than are in memory and one process
+        does not hold them all."""
+        exchanged = self.session.exchanged_weights()
+        if exchanged is None:
+            return None
+        messages = probe_messages(self.session.rows, self.args.system)
+        with trainer.compute_loss_context_manager():
+            return record_probe(trainer.model, self.template, messages, exchanged, trainer.accelerator.device)
 
     def _base_model(self, path: Path) -> str:
         if self.args.tuner_type == "full" and self._previous is not None:

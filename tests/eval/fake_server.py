@@ -1,11 +1,13 @@
 """A server process for life-cycle tests: python fake_server.py MODE HOST PORT NAME...
 
-Modes: good (lists the names), child (good, and starts a child that ignores SIGTERM), dies (prints and ends), silent
-(never listens), partial (lists the first name only), stubborn (good, ignores SIGTERM).
+Modes: good (lists the names), child (good, and starts a child that ignores SIGTERM and starts two more: one in the
+group, one in a session of its own), dies (prints and ends), silent (never listens), partial (lists the first name
+only), stubborn (good, ignores SIGTERM), moved (good, but on another port than the one asked for, as ms-swift does).
 """
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +15,23 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 mode, host, port, *names = sys.argv[1:]
 print(f"fake server, mode {mode}", flush=True)
+if mode == "moved":
+    with socket.create_server((host, 0)) as free:
+        port = free.getsockname()[1]
+print(f"swift-cl server port {port}", flush=True)
 if mode == "dies":
     print("RuntimeError: the adapter does not fit", flush=True)
     sys.exit(3)
 if mode in ("child", "stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if mode == "child":
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    wait = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    code = f"""
+import subprocess, sys
+for apart in (False, True):
+    print("child", subprocess.Popen([sys.executable, "-c", {wait!r}], start_new_session=apart).pid, flush=True)
+{wait}
+"""
     print("child", subprocess.Popen([sys.executable, "-c", code]).pid, flush=True)
 if mode == "silent":
     time.sleep(600)

@@ -14,13 +14,15 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """What to do instead of answering: an HTTP status with a text, a dropped connection, a hang, or a raw body."""
+    """What to do instead of answering: an HTTP status with a text, a dropped connection, a hang, a raw body, or the
+    right answer cut off in its middle."""
 
     status: int = 200
     text: str = ""
     drop: bool = False
     hang: float = 0.0
     raw: str | None = None
+    cut: bool = False
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -54,6 +56,8 @@ class MockEndpoint:
         self.models, self.answer, self.fault, self.weights = models, answer, fault, weights
         self.logprobs, self.reported, self.delay = logprobs, reported, delay
         self.requests: list[Body] = []
+        self.times: list[float] = []
+        self.answered: dict[str, int] = {}
         self.probes: list[Body] = []
         self.in_flight = 0
         self.most_in_flight = 0
@@ -112,6 +116,8 @@ class MockEndpoint:
         probe = bool(body.get("logprobs"))
         with self._lock:
             (self.probes if probe else self.requests).append(body)
+            if not probe:
+                self.times.append(time.monotonic())
             key = json.dumps(body, sort_keys=True)
             before = self._seen.get(key, 0)
             self._seen[key] = before + 1
@@ -154,14 +160,24 @@ class MockEndpoint:
             seed = hashlib.sha256((name + body["messages"][-1]["content"]).encode()).digest()
             tops = [{"token": f"t{i}", "logprob": -seed[i] / 100, "bytes": None} for i in range(5)]
             choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
-        self._send(
-            handler,
-            200,
-            {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 0,
-                "model": self.reported(body["model"]),
-                "choices": [choice],
-            },
-        )
+        reply = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": self.reported(body["model"]),
+            "choices": [choice],
+        }
+        if fault is not None and fault.cut:
+            data = json.dumps(reply).encode()
+            handler.send_response(200)
+            handler.send_header("Content-Type", "application/json")
+            handler.send_header("Content-Length", str(len(data)))
+            handler.end_headers()
+            handler.wfile.write(data[: len(data) // 2])
+            handler.close_connection = True
+            return
+        if not probe and fault is None:
+            with self._lock:
+                key = json.dumps(body, sort_keys=True)
+                self.answered[key] = self.answered.get(key, 0) + 1
+        self._send(handler, 200, reply)

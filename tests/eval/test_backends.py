@@ -76,8 +76,11 @@ def test_vllm_on_the_cpu(make_run, packages):
         ({"use_dora": True}, "vllm", "vLLM cannot serve an adapter with DoRA"),
         ({"modules_to_save": ["lm_head"]}, "vllm", "modules_to_save"),
         ({"peft_type": "MOELORA"}, "vllm", "serves plain LoRA adapters, this one is MOELORA"),
+        ({"peft_type": "PROMPT_TUNING"}, "vllm", "this one is PROMPT_TUNING; use --infer_backend pt"),
+        ({"init_lora_weights": "pissa"}, "vllm", "changed the base model at its start"),
+        ({"use_dora": True}, "vllm-offline", "vLLM cannot serve an adapter with DoRA; use --infer_backend pt"),
         ({"r": 1024}, "vllm", "rank 1024 is above"),
-        ({}, "lmdeploy", "merge each stage"),
+        ({}, "lmdeploy", "pass --merge_stages, which merges each stage"),
     ],
 )
 def test_refused_adapters(make_run, packages, config, backend, says):
@@ -89,7 +92,8 @@ def test_refused_adapters(make_run, packages, config, backend, says):
     ("found", "backend", "says"),
     [
         ({}, "pt", "has no ms-swift"),
-        ({"ms-swift": "4.5.2"}, "pt", "mixes adapters up"),
+        ({"ms-swift": "4.5.2"}, "pt", "mixes adapters up; install it there"),
+        ({"ms-swift": "4.5.2", "vllm": "0.32"}, "vllm", "mixes adapters up; install it there"),
         ({"ms-swift": "4.6.0"}, "vllm", "has no vLLM"),
     ],
 )
@@ -97,6 +101,52 @@ def test_refused_environments(make_run, monkeypatch, found, backend, says):
     monkeypatch.setattr(backends, "installed", lambda python: found)
     with pytest.raises(UserError, match=says):
         flags(make_run(), backend)
+
+
+def test_offline_vllm_is_vllm_without_a_port(make_run, packages):
+    served, offline = (flags(make_run(name), name)[0] for name in ("vllm", "vllm-offline"))
+    assert served[1].endswith("serve_adapters.py")
+    assert offline[1].endswith("answer_lines.py")
+    plain = [[word.replace("/vllm-offline/", "/vllm/") for word in argv[2:]] for argv in (served, offline)]
+    assert plain[0] == plain[1]
+    identities = [backends.identity(ServerOptions(name)) for name in ("vllm", "vllm-offline")]
+    assert identities == ["vllm 0.32.0; ms-swift 4.6.0"] * 2
+
+
+def test_identity_follows_version_and_flags(packages):
+    assert backends.identity(ServerOptions("lmdeploy")) == "lmdeploy 0.9; ms-swift 4.6.0"
+    assert backends.identity(ServerOptions("vllm", extra=("--a", "1"))) == "vllm 0.32.0; ms-swift 4.6.0; --a 1"
+    packages["vllm"] = "0.33.0"
+    assert backends.identity(ServerOptions("vllm")) == "vllm 0.33.0; ms-swift 4.6.0"
+
+
+def test_merged_stages_are_planned_one_by_one(make_run, packages):
+    from swift_cl.evaluation.servers import plan_servers
+    from swift_cl.serving.merge import merge_command
+
+    grid = load_grid(make_run(), GridOptions())
+    plans = plan_servers([grid], merge_stages=True)
+    assert [[target.row for _, target in plan.targets] for plan in plans] == [
+        ["base"],
+        ["stage_1_old"],
+        ["stage_2_new"],
+    ]
+    assert [plan.names for plan in plans] == [[name] for name in grid.base.deployment.names]
+    for plan in plans:
+        plan.check()
+        assert command(plan.deployment, ServerOptions("lmdeploy"), "127.0.0.1", 1, plan.names[0])
+    assert plans[1].merge is not None
+    text = " ".join(merge_command(plans[1].merge, plans[1].deployment, grid.run.dir / "out"))
+    assert f"export --model {grid.run.model} --model_type qwen2 --template qwen2_5 --torch_dtype float32" in text
+    assert f"--adapters {grid.stages[0].stage.weights_dir} --merge_lora true --output_dir {grid.run.dir}/out" in text
+
+
+def test_what_cannot_be_merged_is_refused(make_run):
+    from swift_cl.evaluation.servers import plan_servers
+
+    plans = plan_servers([load_grid(make_run(peft_type="MOELORA"), GridOptions())], merge_stages=True)
+    with pytest.raises(UserError, match="--merge_stages merges LoRA adapters, this one is MOELORA"):
+        plans[1].check()
 
 
 def test_installed_reads_another_environment():
@@ -161,7 +211,7 @@ def test_weights_id_follows_content_not_place(make_run, tmp_path):
 def test_full_model_stages_get_servers_of_their_own(make_run, tmp_path):
     from dataclasses import replace
 
-    from swift_cl.evaluation.grid import plan_servers
+    from swift_cl.evaluation.servers import plan_servers
     from swift_cl.stages import load_stage
 
     run = make_run()

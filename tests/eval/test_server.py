@@ -44,9 +44,15 @@ def alive(pid):
         return False
 
 
-def child_of(log):
-    """Process id that the fake server printed for its child."""
-    return int(re.search(r"^child (\d+)$", log.read_text(), re.MULTILINE)[1])
+def children_of(log, expected=3):
+    """Process ids that the fake server and its child printed for their children."""
+    limit = time.monotonic() + 20
+    while time.monotonic() < limit:
+        found = [int(pid) for pid in re.findall(r"^child (\d+)$", log.read_text(), re.MULTILINE)]
+        if len(found) == expected:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(log.read_text())
 
 
 def test_ready_then_gone(tmp_path):
@@ -61,6 +67,14 @@ def test_ready_then_gone(tmp_path):
     assert "ready after" in lines[1]
     with socket.create_server(("127.0.0.1", server.port)):
         pass  # the port is free again
+
+
+def test_the_real_port_is_read_back(tmp_path):
+    lines = []
+    with make(tmp_path, "moved", notify=lines.append) as server:
+        assert server_module.served_names(server.base_url) == NAMES
+        assert server.port != int(server.command.argv[4])
+    assert f"the server listens on {server.port}" in lines[1]
 
 
 def test_an_error_inside_stops_it(tmp_path):
@@ -81,9 +95,9 @@ def test_what_ignores_sigterm_is_killed_with_its_children(tmp_path, monkeypatch,
     monkeypatch.setattr(server_module, "STOP_SECONDS", 0.5)
     with make(tmp_path, mode) as server:
         group = server._process.pid
-        child = child_of(server.log) if mode == "child" else group
-    assert not alive(group)
-    assert not alive(child)
+        children = children_of(server.log) if mode == "child" else []
+        assert all(alive(pid) for pid in children)
+    assert [pid for pid in (group, *children) if alive(pid)] == []
 
 
 def test_death_at_start_shows_command_and_last_lines(tmp_path):
@@ -146,8 +160,8 @@ def test_a_signal_to_the_program_leaves_nothing(tmp_path, number):
     )
     assert holder.stdout is not None
     group = int(holder.stdout.readline())
-    child = child_of(tmp_path / "server.log")
-    assert alive(child)
+    children = children_of(tmp_path / "server.log")
+    assert all(alive(pid) for pid in children)
     try:
         holder.send_signal(number)
         holder.wait(timeout=20)
@@ -155,8 +169,7 @@ def test_a_signal_to_the_program_leaves_nothing(tmp_path, number):
         holder.kill()
         holder.stdout.close()
     assert holder.returncode != 0
-    assert not alive(group)
-    assert not alive(child)
+    assert [pid for pid in (group, *children) if alive(pid)] == []
 
 
 def test_worker_ends_when_its_starter_was_killed(tmp_path):

@@ -215,3 +215,68 @@ def test_fully_fine_tuned_stages_are_served_one_after_the_other(tmp_path, tiny_b
     matrix = found.results[0]["scorers"]["exact_match"]["matrix"]
     assert [[cell is None for cell in row] for row in matrix] == [[False] * 4] * 2 + [[True] * 4] * 2
     assert sum("the server is ready" in line for line in lines) == 3
+
+
+def test_a_failing_request_harms_no_other(run, tmp_path):
+    """Up to ms-swift 4.5.2 one exception ended the thread that generates, and all later requests waited for ever."""
+    from swift_cl.evaluation.client import RetryPolicy
+    from swift_cl.evaluation.faults import QuestionFailed
+
+    deployment = load_grid(run, GridOptions()).base.deployment
+    broken = Generation(max_tokens=4, extra={"repetition_penalty": -1.0})  # refused when generation has begun
+    options = ServerOptions("pt", extra=("--max_model_len", "256"))
+    with Server(
+        lambda host, port: command(deployment, options, host, port), deployment.names, tmp_path / "server.log"
+    ) as server:
+        endpoint = Endpoint(server.base_url, RetryPolicy(attempts=1, timeout=60), server.check_alive)
+        good = [{"role": "user", "content": "What happened?"}]
+        before = endpoint.ask(deployment.names[1], good, SETTINGS)
+        outcomes = []
+
+        def ask(name, messages, settings):
+            try:
+                outcomes.append(endpoint.ask(name, messages, settings))
+            except QuestionFailed as failure:
+                outcomes.append(failure)
+
+        long = [{"role": "user", "content": "word " * 2000}]
+        asked = [(deployment.names[1], good, broken), (deployment.names[2], long, SETTINGS)] * 2
+        asked += [(deployment.names[1], good, SETTINGS)] * 4
+        threads = [threading.Thread(target=ask, args=item) for item in asked]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        failed = [outcome for outcome in outcomes if isinstance(outcome, QuestionFailed)]
+        print(failed)
+        assert len(failed) == 4
+        assert not any(failure.endpoint_at_fault for failure in failed)
+        assert all("HTTP 400" in str(failure) for failure in failed)
+        assert [outcome.text for outcome in outcomes if outcome not in failed] == [before.text] * 4
+        assert endpoint.ask(deployment.names[1], good, SETTINGS) == before
+        endpoint.close()
+
+
+def test_merged_stages_answer_as_their_adapters_do(run, tmp_path):
+    """The way of lmdeploy, with the backend that runs here: one server a stage, the same names, nothing left behind."""
+    copy = shutil.copytree(
+        run, tmp_path / "run", ignore=shutil.ignore_patterns("answers", "logs", "stage_3*", "stage_4*")
+    )
+    options = EvalOptions(GridOptions(test_limit=2), scorers=("exact_match",), max_tokens=8)
+
+    def answers():
+        files = sorted((copy / "answers").glob("*/*.jsonl"))
+        rows = [
+            (file.parent.name, json.loads(line)) for file in files for line in file.read_bytes().split(b"\n") if line
+        ]
+        return {(row, value["id"], value["turn"]): (value["answer"], value["served"]) for row, value in rows}
+
+    evaluate([copy], options, notify=print)
+    served = answers()
+    shutil.rmtree(copy / "answers")
+    lines = []
+    evaluate([copy], replace(options, merge_stages=True), notify=lines.append)
+    assert answers() == served
+    assert sum("the server is ready" in line for line in lines) == 3
+    assert sum(line.startswith("merging stage_") for line in lines) == 2
+    assert not (copy / ".merged").exists()

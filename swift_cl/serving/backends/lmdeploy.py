@@ -1,16 +1,20 @@
 """lmdeploy through ms-swift: a GPU, and one model a server; adapters cannot be served by name."""
 
+from collections.abc import Mapping
+
 from swift_cl.errors import UserError
 from swift_cl.serving.adapters import Deployment
 from swift_cl.serving.backends import Command, ServerOptions
 
+ENGINES = ("lmdeploy",)
 
-def check(deployment: Deployment, packages: dict[str, str], options: ServerOptions) -> None:
+
+def check(deployment: Deployment, packages: Mapping[str, str], options: ServerOptions) -> None:
     """Refuse adapters, which ms-swift has no code for here."""
     if deployment.adapters:
         raise UserError(
-            "--infer_backend lmdeploy cannot serve adapters (ms-swift has no multi-adapter code for it): use vllm or "
-            "pt, or merge each stage (swift-cl export --merge_lora true) and serve it alone"
+            "--infer_backend lmdeploy cannot serve adapters (ms-swift has no adapter code for it): use vllm or pt, or "
+            "pass --merge_stages, which merges each stage into the base model and serves it alone"
         )
     if "lmdeploy" not in packages:
         raise UserError(
@@ -18,6 +22,6 @@ def check(deployment: Deployment, packages: dict[str, str], options: ServerOptio
         )
 
 
-def arguments(deployment: Deployment, packages: dict[str, str], options: ServerOptions) -> Command:
+def arguments(deployment: Deployment, packages: Mapping[str, str], options: ServerOptions) -> Command:
     """Its flags."""
     return Command(["--infer_backend", "lmdeploy"])

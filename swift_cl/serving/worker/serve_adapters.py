@@ -83,6 +83,8 @@ class AdapterDeploy(SwiftDeploy):
             engine.strict = True
             engine.preload(mapping)
             self.infer_engine = engine
+        # ms-swift silently takes another port if the one asked for is in use.
+        print(f"swift-cl server port {self.args.port}", flush=True)
 
 
 def end_with_parent(parent: int, poll_seconds: float = 1.0) -> None:
@@ -92,9 +94,13 @@ def end_with_parent(parent: int, poll_seconds: float = 1.0) -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    # Set by the process that made a process group for this one; without it there is no group that may be killed.
+def watch_starter() -> None:
+    """Start `end_with_parent` if the process was given a group of its own; else there is none that may be killed."""
     starter = os.environ.get("SWIFT_CL_SERVER_PARENT")
     if starter:
         threading.Thread(target=end_with_parent, args=(int(starter),), daemon=True).start()
+
+
+if __name__ == "__main__":
+    watch_starter()
     AdapterDeploy().main()

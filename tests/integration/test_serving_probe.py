@@ -1,0 +1,41 @@
+"""What a stage recorded at the end of its training is what its served adapter answers."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from swift_cl.errors import RunFailure
+from swift_cl.evaluation import identity
+from swift_cl.evaluation.grid import EvalOptions, evaluate
+from swift_cl.evaluation.plan import GridOptions
+from swift_cl.stages import load_run
+from tests.support.commands import run_swift_cl, write_run_file
+
+pytestmark = pytest.mark.slow
+OPTIONS = EvalOptions(GridOptions(test_limit=1), scorers=("exact_match",), max_tokens=4)
+
+
+def test_served_adapters_answer_as_after_their_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """seq, and cia, which exports other weights than those it trains; then with two stages' records exchanged."""
+    run_swift_cl("run", str(write_run_file(tmp_path, ["seq", "cia"], learning_rate=2e-2)), "--mode", "train_only")
+    runs = [tmp_path / "runs" / method for method in ("seq", "cia")]
+    gaps: dict[str, float] = {}
+    measure = identity._gap
+
+    def spy(endpoint, served, probe):
+        gaps[served] = measure(endpoint, served, probe)
+        return gaps[served]
+
+    monkeypatch.setattr(identity, "_gap", spy)
+    assert evaluate(runs, OPTIONS, notify=print).complete
+    print(gaps)
+    assert len(gaps) == len({stage.weights_sha256 for run in runs for stage in load_run(run).stages})
+    assert max(gaps.values()) < 1e-3
+    one, two = load_run(runs[0]).stages
+    assert one.probe is not None
+    assert two.probe is not None
+    assert one.probe["messages"][0] == {"role": "system", "content": one.system}
+    replace(one, probe=two.probe).save()
+    with pytest.raises(RunFailure, match=r"does not answer as its stage did after training .*'stage_2_2023-.*' rather"):
+        evaluate(runs[:1], replace(OPTIONS, max_tokens=5), notify=print)
