@@ -181,7 +181,7 @@ class TaskContext(Protocol):
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
 
     def statistics_mode(self) -> AbstractContextManager[None]:
-        """Dropout off, everything else as in training (checkpointing stays on), under the Trainer's autocast."""
+        """Dropout off, checkpointing in the form that `torch.autograd.grad` allows, under the Trainer's autocast."""
 
     def token_mean(self, total: "Tensor", count: "Tensor | int") -> "Tensor":
         """Scale a sum over the micro-batch's label tokens like the Trainer's cross-entropy (rule R1).
@@ -222,7 +222,6 @@ class Method:
         title, paper: for listings and pages.
         config_class: its config dataclass.
         support: what it supports.
-        needs_nonreentrant_checkpointing: calls torch.autograd.grad, which reentrant checkpointing forbids.
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
         starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
@@ -234,7 +233,6 @@ class Method:
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     support: ClassVar[Support] = Support()
-    needs_nonreentrant_checkpointing: ClassVar[bool] = False
     needs_rows: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
     starts_fresh: ClassVar[bool] = False

@@ -103,7 +103,6 @@ class Ewc(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
     config_class: ClassVar[type[MethodConfig]] = EwcConfig
     support: ClassVar[Support] = Support(zero0_low_precision=False, sequence_parallel=False)
-    needs_nonreentrant_checkpointing: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = True
 
     config: EwcConfig

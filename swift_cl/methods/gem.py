@@ -81,7 +81,6 @@ class Gem(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1706.08840"
     config_class: ClassVar[type[MethodConfig]] = GemConfig
     support: ClassVar[Support] = Support(full_deepspeed=(0,), sequence_parallel=False, liger=False)
-    needs_nonreentrant_checkpointing: ClassVar[bool] = True
     needs_rows: ClassVar[bool] = True
     config: GemConfig
 

@@ -72,7 +72,6 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
             argv += ["--adapters", adapter]
         if start_model is not None:
             argv += ["--model", start_model]
-        argv += _checkpointing_flags(method, given)
     known = arguments_class()
     unknown = [
         name for name in given if name not in {f.name for f in dataclasses.fields(known) if f.init} and name != "help"
@@ -86,18 +85,6 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     if method is not None:
         check_support(args, method(method_config(args, method)))
     return args, previous
-
-
-def _checkpointing_flags(method: type[Method], given: dict[str, list[str]]) -> list[str]:
-    if not method.needs_nonreentrant_checkpointing:
-        return []
-    text = (given.get("gradient_checkpointing_kwargs") or [""])[0].replace(" ", "").lower()
-    if '"use_reentrant":true' in text:
-        raise UserError(
-            f"--gradient_checkpointing_kwargs sets use_reentrant to true, but method '{method.name}' differentiates "
-            "parts of the graph, which only non-reentrant checkpointing allows; allowed: false"
-        )
-    return [] if text else ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}']
 
 
 def zero_stage(args: Any) -> int | None:

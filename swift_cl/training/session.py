@@ -15,6 +15,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import STATE_DIR, Stage, load_stage
+from swift_cl.training.checkpointing import differentiable_checkpointing
 
 logger = logging.getLogger("swift_cl")
 
@@ -123,7 +124,7 @@ class Session:
         for module in dropouts:
             module.p = 0.0
         try:
-            with self.trainer.compute_loss_context_manager():
+            with self.trainer.compute_loss_context_manager(), differentiable_checkpointing(self.model):
                 yield
         finally:
             for module, rate in zip(dropouts, rates, strict=True):

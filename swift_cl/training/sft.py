@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.utils.checkpoint
-import transformers.modeling_utils
 from swift.arguments import SftArguments
 from swift.pipelines import SwiftSft
 from swift.trainers import TrainerFactory
@@ -21,6 +19,7 @@ from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, writ
 from swift_cl.methods.registry import get_method
 from swift_cl.stages import ADAPTER_DIR, WEIGHTS, Stage
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
+from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
 from swift_cl.training.flags import flag_values
 from swift_cl.training.probe import probe_messages, record_probe
@@ -42,20 +41,6 @@ def _our_trainers() -> Any:
         yield
     finally:
         TrainerFactory.TRAINER_MAPPING.update(before)
-
-
-@contextmanager
-def _own_checkpointing() -> Any:
-    # ms-swift fixes use_reentrant in torch for the rest of the process, at the first Trainer. The next stage of a chain
-    # may need the other value, so its patch is taken back at a stage's end.
-    try:
-        yield
-    finally:
-        original = getattr(torch.utils.checkpoint, "_old_checkpoint", None)
-        if original is not None:
-            torch.utils.checkpoint.checkpoint = original
-            transformers.modeling_utils.checkpoint = original
-            del torch.utils.checkpoint._old_checkpoint  # type: ignore[attr-defined]
 
 
 class CLSft(SwiftSft):
@@ -178,7 +163,7 @@ class CLSft(SwiftSft):
     # --- training and the stage's end --------------------------------------------------------------------------------
 
     def run(self) -> Any:
-        with _our_trainers(), _own_checkpointing():
+        with _our_trainers(), own_checkpointing():
             return super().run()
 
     def _get_trainer_kwargs(self) -> dict[str, Any]:

@@ -136,8 +136,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                       "output_dir": str(folder / label / "1"), "max_steps": 2}  # fmt: skip
             shared = _train(flags(values), shared, None)
         for turn in range(args.rounds):
-            # Every other round backwards, so that a slow drift of the machine favours nobody.
-            for label in list(cases)[:: -1 if turn % 2 else 1]:
+            # Every round begins with another case: the place in a round costs or saves some percent.
+            order = list(cases)
+            for label in order[turn % len(order) :] + order[: turn % len(order)]:
                 method, own, _ = cases[label]
                 own = {**own, **({"gem_mem_batch": args.batch} if method == "gem" else {})}
                 values = {**common, **own, "cl_method": method, "cl_task": "second", "dataset": data["second"],

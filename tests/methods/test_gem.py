@@ -278,5 +278,4 @@ def test_support():
     assert support.deepspeed == (0, 1, 2, 3)
     assert not support.sequence_parallel
     assert not support.liger
-    assert Gem.needs_nonreentrant_checkpointing
     assert Gem.needs_rows

@@ -325,4 +325,3 @@ def test_support_is_narrowed_by_settings():
     assert not replay(strategy="kmeans").supports().sequence_parallel
     assert replay(strategy="kmeans", embed="tfidf").supports().sequence_parallel
     assert Replay.needs_rows
-    assert not Replay.needs_nonreentrant_checkpointing
