@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,12 +279,43 @@ def test_many_threads_write_whole_lines_and_share_flushes(tmp_path, monkeypatch)
     assert len(flushes) < 16 * 20
 
 
+def test_half_a_line_is_cut_off_before_the_next(tmp_path, monkeypatch):
+    store = store_module.AnswerStore(tmp_path / "answers.jsonl")
+    row = {"id": "a", "turn": 0, "key": "k", "answer": "x", "finish": "stop"}
+    store.append(row)
+
+    class Half:
+        def __init__(self, path, *rest, **more):
+            self.stream = open(path, *rest, **more)  # noqa: SIM115 -- closed by __exit__
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *details):
+            self.stream.close()
+
+        def fileno(self):
+            return self.stream.fileno()
+
+        def write(self, line):
+            self.stream.write(line[:5])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store_module, "open", Half, raising=False)
+    with pytest.raises(RunFailure, match="No space left"):
+        store.append({**row, "id": "b"})
+    monkeypatch.undo()
+    store.append({**row, "id": "c"})
+    assert [json.loads(line)["id"] for line in store.path.read_text().splitlines()] == ["a", "c"]
+
+
 def mock_process(run: Path, dies_after: int) -> Command:
     """A server process that answers as `knows` does, and dies with its so-many-th question."""
     return Command([sys.executable, str(Path(__file__).with_name("mock_process.py")), str(dies_after), *names(run)])
 
 
-def test_server_death_half_way(run, undisturbed, monkeypatch):
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_server_death_half_way(run, undisturbed, monkeypatch, attempts):
     """A server of our own dies while it is asked: liveness is seen between attempts, its last words are shown."""
     life = [7]
 
@@ -293,7 +324,7 @@ def test_server_death_half_way(run, undisturbed, monkeypatch):
         return Command([*found.argv[:2], host, str(port), *found.argv[2:]])
 
     monkeypatch.setattr(servers_module, "command", command)
-    options = EvalOptions(retry=FAST, concurrency=2)
+    options = EvalOptions(retry=replace(FAST, attempts=attempts), concurrency=2)
     with pytest.raises(RunFailure, match=r"the server ended while it was asked with exit code 9[\s\S]*MemoryError"):
         evaluate([run], options, notify=lambda line: None)
     check_nothing_wrong(run, undisturbed)

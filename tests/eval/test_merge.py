@@ -75,7 +75,7 @@ def test_a_merge_that_fails_shows_its_command_and_last_lines(adapter, tmp_path, 
     monkeypatch.setattr(merge_module, "merge_command", fake_merge("print('ValueError: no room'); sys.exit(4)"))
     deployment = servers_module.Deployment(str(tmp_path / "base"))
     with (
-        pytest.raises(RunFailure, match=r"merging ended with exit code 4\ncommand: [\s\S]*\nlast lines of .*\n.*no ro"),
+        pytest.raises(RunFailure, match=r"ended with exit code 4\ncommand: [\s\S]*\nlast lines of .*\n.*room"),
         merged(adapter, deployment, tmp_path / "m" / "x", tmp_path / "merge.log"),
     ):
         pass
