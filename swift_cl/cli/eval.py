@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from swift_cl.evaluation.grid import EvalOptions
 
 
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() == "true"
+
+
+# A flag that also takes true or false, as a run file's `eval:` writes it.
+_SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "metavar": "true|false", "type": _truth}
+
+
 def add_parser(subparsers: Any) -> None:
     """Add the command."""
     parser = subparsers.add_parser(
@@ -117,9 +127,7 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attempts", metavar="N", type=_positive, default=4, help="how often a question is asked at most"
     )
-    group.add_argument(
-        "--no_identity_check", action="store_true", help="do not check first that each adapter is really served"
-    )
+    group.add_argument("--no_identity_check", **_SWITCH, help="do not check first that each adapter is really served")
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +138,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--merge_stages",
-        action="store_true",
+        **_SWITCH,
         help="merge each stage into the base model and serve it alone, one after the other (for lmdeploy); needs the "
         "disk space of one base model in the run folder",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from swift_cl.cli.main import main
+from swift_cl.cli.main import build_parser, main
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import read_json, read_jsonl, sha256_file, write_json
 from swift_cl.stages import load_run, load_stage
@@ -276,6 +276,14 @@ class TestPreview:
         assert stopped.value.code == 2
         assert "--infer_bakcend" in capsys.readouterr().err
         assert (tree(folder), launched) == (before, [])
+
+
+@pytest.mark.parametrize(("value", "expected"), [(True, True), (False, False), (None, False)])
+def test_switches_of_the_evaluation_in_a_run_file(value: bool | None, expected: bool) -> None:
+    argv = flags({"merge_stages": value, "no_identity_check": value})
+    args = build_parser().parse_args(["eval", "runs/a", *argv])
+    assert (args.merge_stages, args.no_identity_check) == (expected, expected)
+    assert build_parser().parse_args(["eval", "runs/a", "--merge_stages"]).merge_stages
 
 
 class TestPrepare:
