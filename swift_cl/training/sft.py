@@ -143,7 +143,7 @@ class CLSft(SwiftSft):
 
         assert self._previous is not None
         folder = self._previous.weights_dir
-        live = {parameter_name(name): tensor for name, tensor in model.state_dict().items()}
+        live = {parameter_name(name): tensor for name, tensor in _named_as_saved(model).items()}
         compared = 0
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
@@ -264,6 +264,16 @@ class CLSft(SwiftSft):
         if not isinstance(model, PeftModel) or self.args.deepspeed:
             return None
         return model.unload(), self.processor
+
+
+def _named_as_saved(model: Any) -> dict[str, Any]:
+    """Live tensors by the names that they have in a file (PEFT shortens some, those of DoRA for one)."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    live: dict[str, Any] = model.state_dict(keep_vars=True)
+    if isinstance(model, PeftModel):
+        live = get_peft_model_state_dict(model, state_dict=live, save_embedding_layers=False)
+    return live
 
 
 def print_all_flags() -> None:

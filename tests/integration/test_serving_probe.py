@@ -16,10 +16,8 @@ pytestmark = pytest.mark.slow
 OPTIONS = EvalOptions(GridOptions(test_limit=1), scorers=("exact_match",), max_tokens=4)
 
 
-def test_served_adapters_answer_as_after_their_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """seq, and cia, which exports other weights than those it trains; then with two stages' records exchanged."""
-    run_swift_cl("run", str(write_run_file(tmp_path, ["seq", "cia"], learning_rate=2e-2)), "--mode", "train_only")
-    runs = [tmp_path / "runs" / method for method in ("seq", "cia")]
+def watched_gaps(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """How far each served adapter is from its stage's record, filled while an evaluation runs."""
     gaps: dict[str, float] = {}
     measure = identity._gap
 
@@ -28,6 +26,14 @@ def test_served_adapters_answer_as_after_their_training(tmp_path: Path, monkeypa
         return gaps[served]
 
     monkeypatch.setattr(identity, "_gap", spy)
+    return gaps
+
+
+def test_served_adapters_answer_as_after_their_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """seq, and cia, which exports other weights than those it trains; then with two stages' records exchanged."""
+    run_swift_cl("run", str(write_run_file(tmp_path, ["seq", "cia"], learning_rate=2e-2)), "--mode", "train_only")
+    runs = [tmp_path / "runs" / method for method in ("seq", "cia")]
+    gaps = watched_gaps(monkeypatch)
     assert evaluate(runs, OPTIONS, notify=print).complete
     print(gaps)
     assert len(gaps) == len({stage.weights_sha256 for run in runs for stage in load_run(run).stages})
@@ -39,3 +45,13 @@ def test_served_adapters_answer_as_after_their_training(tmp_path: Path, monkeypa
     replace(one, probe=two.probe).save()
     with pytest.raises(RunFailure, match=r"does not answer as its stage did after training .*'stage_2_2023-.*' rather"):
         evaluate(runs[:1], replace(OPTIONS, max_tokens=5), notify=print)
+
+
+def test_an_adapter_that_vllm_cannot_serve_is_served_by_pt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_run_file(tmp_path, ["seq"], learning_rate=2e-2, use_dora=True)
+    run_swift_cl("run", str(config), "--mode", "train_only")
+    run = tmp_path / "runs" / "seq"
+    gaps = watched_gaps(monkeypatch)
+    assert evaluate([run], OPTIONS, notify=print).complete
+    assert len(gaps) == 2
+    assert max(gaps.values()) < 1e-3
