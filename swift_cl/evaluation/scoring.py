@@ -73,8 +73,7 @@ def load_scorers(
         UserError: a scorer or a setting is unknown, something it needs is missing, or its direction differs between
             tasks.
     """
-    for name, options in given.items():
-        parse(module(name), name, options, "--scorer_option")
+    _check(given, "--scorer_option")
     ready: dict[str, LoadedScorer] = {}
     found = []
     for grid in grids:
@@ -92,8 +91,16 @@ def check_options(grid: Grid) -> None:
     places: list[tuple[str, ScorerOptions]] = [("scorer_options", grid.benchmark.scorer_options)]
     places += [(f"task {task.name}, scorer_options", task.scorer_options) for task in grid.tasks]
     for place, settings in places:
-        for name, options in settings.items():
-            parse(module(name), name, options, f"{grid.benchmark.path}: {place}")
+        _check(settings, f"{grid.benchmark.path}: {place}")
+
+
+def _check(settings: ScorerOptions, where: str) -> None:
+    for name, options in settings.items():
+        try:
+            found = module(name)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        parse(found, name, options, where)
 
 
 def _for_grid(
