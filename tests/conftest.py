@@ -1,11 +1,20 @@
 """Shared fixtures: where the tests find the real model and data, and a hand-driven context for methods."""
 
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    """Ctrl-C works whatever started the tests: a shell starts background jobs with SIGINT ignored, and children inherit
+    that, so that tests of an interrupted program would wait for ever."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

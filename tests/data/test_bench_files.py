@@ -44,7 +44,9 @@ class TestAbsa:
         assert list(folder.tasks) == list(named.tasks) == list(COUNTS)
         assert missing(folder.tasks.values()) == missing(named.tasks.values()) == {}
         for name, task in folder.tasks.items():
-            assert (task.train, task.test) == (named.tasks[name].train, named.tasks[name].test)
+            same = named.tasks[name]
+            for one, two in ((task.train, same.train), (task.test, same.test)):
+                assert Path(one).resolve() == Path(two).resolve()
             assert task.test_rows() == named.tasks[name].test_rows()
 
 
