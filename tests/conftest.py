@@ -11,10 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    """Ctrl-C works whatever started the tests: a shell starts background jobs with SIGINT ignored, and children inherit
-    that, so that tests of an interrupted program would wait for ever."""
+    """Ctrl-C and hang-up work in the tests, whatever started them: background jobs and nohup ignore these signals, and
+    children inherit that, so that tests of an interrupted program would wait for ever."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            # A handler is not inherited by children; this one lets the tests themselves go on.
+            signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

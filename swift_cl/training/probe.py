@@ -6,15 +6,18 @@ same and refuses to score another one in its place.
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from swift_cl.methods._adapters import AdapterSwitch, load_frozen_adapter
 
 LONGEST = 500
 """Characters of the question that are kept."""
 TOP = 5
 FALLBACK = "Hello!"
+_KEPT = "cl_kept"
 
 
 def probe_messages(rows: Sequence[Mapping[str, Any]], system: str | None) -> list[dict[str, str]]:
@@ -25,17 +28,12 @@ def probe_messages(rows: Sequence[Mapping[str, Any]], system: str | None) -> lis
     return [*head, {"role": "user", "content": question}]
 
 
-def record_probe(
-    model: Any, template: Any, messages: list[dict[str, str]], weights: Mapping[Tensor, Tensor], device: Any
-) -> dict[str, Any]:
+def record_probe(model: Any, template: Any, messages: list[dict[str, str]], device: Any) -> dict[str, Any]:
     """`{"messages", "logprobs"}`: natural logarithms of the likeliest first tokens' probabilities, by token.
 
     Every rank must call it (under ZeRO-3 a forward gathers the weights).
-
-    Args:
-        weights: live parameter -> exported tensor, for methods that export other weights than they train.
     """
-    with _inference(model, template), torch.no_grad(), _exchanged(weights):
+    with _inference(model, template), torch.no_grad():
         encoded = template.encode({"messages": [dict(message) for message in messages]})
         ids = torch.tensor([encoded["input_ids"]], device=device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
@@ -57,12 +55,12 @@ def _inference(model: Any, template: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exchanged(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
-    before = {live: live.detach().clone() for live in weights}
-    for live, exported in weights.items():
-        live.copy_(exported)
+def kept_adapter(model: Any, folder: Path) -> Iterator[None]:
+    """Let forwards in the block use the adapter of `folder` alone: what a method keeps may differ from what it trained,
+    in values and in rank."""
+    load_frozen_adapter(model, folder, _KEPT)
     try:
-        yield
+        with AdapterSwitch(model).active(_KEPT):
+            yield
     finally:
-        for live, kept in before.items():
-            live.copy_(kept)
+        model.delete_adapter(_KEPT)

@@ -266,17 +266,6 @@ class Session:
                 state[live] = exported[name].detach().to("cpu")
         return state
 
-    def exchanged_weights(self) -> dict[Tensor, Tensor] | None:
-        """Live parameter -> tensor that the method exports instead of it; empty where it exports what it trained,
-        None where that cannot be done in one process's memory."""
-        if not overrides(self.method, "export"):
-            return {}
-        if self.world_size > 1 or any(distributed.is_partitioned(p) for p in self.parameters.values()):
-            return None
-        own = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        exported = self.method.export(self, own)
-        return {parameter: exported[name] for name, parameter in self.parameters.items()}
-
 
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method defines a hook itself; hooks left alone cost nothing."""

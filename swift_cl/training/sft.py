@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from swift_cl.training.arguments import arguments_class, method_config, parse_st
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
 from swift_cl.training.flags import flag_values
-from swift_cl.training.probe import probe_messages, record_probe
+from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
 from swift_cl.training.trainer import TRAINERS
@@ -179,7 +179,7 @@ class CLSft(SwiftSft):
         """Write adapter/, cl_state/ and, last, stage.json."""
         output_dir = Path(self.args.output_dir)
         weights = self._save_weights(trainer, output_dir)
-        probe = self._probe(trainer)
+        probe = self._probe(trainer, output_dir / weights)
         self.session.end_task(self.args.model)
         if distributed.world()[0] == 0:
             file = output_dir / weights / WEIGHTS
@@ -220,15 +220,18 @@ class CLSft(SwiftSft):
             ).save()
         distributed.barrier()
 
-    def _probe(self, trainer: Any) -> dict[str, Any] | None:
-        """What the exported weights answer; None where other weights are exported than are in memory and one process
-        does not hold them all."""
-        exchanged = self.session.exchanged_weights()
-        if exchanged is None:
-            return None
+    def _probe(self, trainer: Any, weights: Path) -> dict[str, Any] | None:
+        """What the kept weights answer; None where others are kept than are in memory and one process does not hold
+        them all."""
+        kept: Any = nullcontext()
+        if overrides(self._method, "export"):
+            parameters = self.session.parameters.values()
+            if distributed.world()[1] > 1 or any(distributed.is_partitioned(p) for p in parameters):
+                return None
+            kept = kept_adapter(trainer.model, weights)
         messages = probe_messages(self.session.rows, self.args.system)
-        with trainer.compute_loss_context_manager():
-            return record_probe(trainer.model, self.template, messages, exchanged, trainer.accelerator.device)
+        with kept, trainer.compute_loss_context_manager():
+            return record_probe(trainer.model, self.template, messages, trainer.accelerator.device)
 
     def _base_model(self, path: Path) -> str:
         if self.args.tuner_type == "full" and self._previous is not None:
