@@ -30,9 +30,10 @@ def watched_gaps(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 
 def test_served_adapters_answer_as_after_their_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """seq, and cia and o_lora, which keep other weights than those they train; then with two stages' records exchanged."""
-    run_swift_cl("run", str(write_run_file(tmp_path, ["seq", "cia", "o_lora"], learning_rate=2e-2)), "--mode", "train_only")
-    runs = [tmp_path / "runs" / method for method in ("seq", "cia", "o_lora")]
+    """seq, and two that keep other weights than those they train; then with two stages' records exchanged."""
+    methods = ["seq", "cia", "o_lora"]
+    run_swift_cl("run", str(write_run_file(tmp_path, methods, learning_rate=2e-2)), "--mode", "train_only")
+    runs = [tmp_path / "runs" / method for method in methods]
     gaps = watched_gaps(monkeypatch)
     assert evaluate(runs, OPTIONS, notify=print).complete
     print(gaps)
