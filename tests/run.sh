@@ -9,7 +9,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . train/environment.sh
-prepare_environment dev,offline,deepspeed
+prepare_environment dev,offline,scorers,deepspeed
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 failed=""
