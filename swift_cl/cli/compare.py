@@ -11,7 +11,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "compare",
         help="methods side by side: mean, spread and winners over seeds and orders",
-        description="Group runs of one benchmark and base model by method, and print mean, standard deviation, 95 %% "
+        description="Group runs of one benchmark and base model by method, and print mean, standard deviation, 95 % "
         "bootstrap interval of the mean and number of runs for each metric. A winner is marked only where its interval "
         "overlaps no other's. Exit code 1 when a metric is missing in some run: it is null then, never a mean of the "
         "others.",

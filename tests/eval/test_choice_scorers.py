@@ -33,6 +33,8 @@ def test_long_is_ten_thousand_characters():
         # the longest label counts
         (NLI, "It is not entailment here.", "not entailment", 100),
         (NLI, "It is not entailment here.", "entailment", 0),
+        (["new", "new york"], "It is New York.", "new york", 100),
+        (["new", "new york"], "It is New York.", "new", 0),
         # several labels are no choice
         (NLI, "entailment or neutral", "entailment", 0),
         (NLI, "not entailment, so no entailment", "not entailment", 0),

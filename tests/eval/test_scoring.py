@@ -293,7 +293,14 @@ def test_joint_training_is_a_ceiling_given_or_beside(make_run):
         assert json.loads((run / "results.json").read_text()) == both.results[0]
         beside = go(run, mock)
         assert entry(beside, "exact_match")["ceiling"] == wanted
-        # Another scorer, or another test set, is no ceiling for this one.
+        # Another base model, benchmark or test set, or another scorer, is no ceiling for this one.
+        path = joint / "results.json"
+        saved = path.read_text()
+        answers = json.loads(saved)["answers"]
+        for change in ({"model_id": "x"}, {"benchmark": "x"}, {"answers": answers | {"expected": [4, 3]}}):
+            path.write_text(json.dumps(json.loads(saved) | change))
+            assert entry(go(run, mock), "exact_match")["ceiling"]["mtl"] is None, change
+        path.write_text(saved)
         assert entry(go(run, mock, scorers=("token_f1",)), "token_f1")["ceiling"]["mtl"] is None
         (joint / "results.json").write_text("{")
         assert entry(go(run, mock), "exact_match")["ceiling"]["mtl"] is None
