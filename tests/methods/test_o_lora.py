@@ -12,26 +12,15 @@ from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.methods.o_lora import HISTORY, OLora, OLoraConfig, strongest, truncated
 from tests.support.fake_context import FakeContext, FakeGradients
+from tests.support.lora_pair import LoraPair
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 A_OLD = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
 A_NEW = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
 
 
-class Lora(nn.Module):
-    """One linear layer's pair."""
-
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.layer = nn.Module()
-        for name, value in (("lora_A", a), ("lora_B", b)):
-            matrix = nn.Linear(value.shape[1], value.shape[0], bias=False)
-            matrix.weight = nn.Parameter(value.clone())
-            self.layer.add_module(name, matrix)
-
-
 def second_task(a: Tensor, span: Tensor, **settings: Any) -> tuple[OLora, FakeContext]:
-    ctx = FakeContext(Lora(a, torch.zeros(2, len(a))), earlier=["t0"], state=MethodState({f"span/{A}": span}))
+    ctx = FakeContext(LoraPair(a, torch.zeros(2, len(a))), earlier=["t0"], state=MethodState({f"span/{A}": span}))
     method = OLora(OLoraConfig(**settings))
     method.train_begin(ctx)
     return method, ctx
@@ -105,7 +94,7 @@ def test_t6_added_once_a_step_whatever_the_gradient_is() -> None:
 
 
 def test_first_task_touches_nothing() -> None:
-    ctx = FakeContext(Lora(A_NEW, torch.zeros(2, 2)))
+    ctx = FakeContext(LoraPair(A_NEW, torch.zeros(2, 2)))
     method = OLora(OLoraConfig(lambda1=5, lambda2=5))
     method.train_begin(ctx)
     grads = FakeGradients({name: torch.ones_like(weight) for name, weight in ctx.weights().items()})
@@ -115,10 +104,10 @@ def test_first_task_touches_nothing() -> None:
 
 
 def test_spans_grow_by_each_task_and_shrink_to_the_strongest_directions() -> None:
-    ctx = FakeContext(Lora(A_OLD, torch.zeros(2, 2)))
+    ctx = FakeContext(LoraPair(A_OLD, torch.zeros(2, 2)))
     first = OLora(OLoraConfig()).end_task(ctx)
     assert first.tensors[f"span/{A}"].tolist() == A_OLD.T.tolist()
-    ctx = FakeContext(Lora(A_NEW, torch.zeros(2, 2)), earlier=["t0"], state=first)
+    ctx = FakeContext(LoraPair(A_NEW, torch.zeros(2, 2)), earlier=["t0"], state=first)
     second = OLora(OLoraConfig()).end_task(ctx)
     h = second.tensors[f"span/{A}"] @ second.tensors[f"span/{A}"].T
     assert torch.allclose(h, A_OLD.T @ A_OLD + A_NEW.T @ A_NEW)
@@ -279,7 +268,7 @@ def test_what_cannot_be_summed_is_refused() -> None:
 
 
 def test_other_target_modules_are_refused() -> None:
-    ctx = FakeContext(Lora(A_NEW, torch.zeros(2, 2)), earlier=["t0"], state=MethodState({f"span/x.{A}": A_OLD.T}))
+    ctx = FakeContext(LoraPair(A_NEW, torch.zeros(2, 2)), earlier=["t0"], state=MethodState({f"span/x.{A}": A_OLD.T}))
     with pytest.raises(UserError, match="does not fit the trained parameters"):
         OLora(OLoraConfig()).train_begin(ctx)
 

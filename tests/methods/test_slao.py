@@ -11,25 +11,14 @@ from swift_cl.errors import UserError
 from swift_cl.io import MethodState, load_method_state, save_method_state
 from swift_cl.methods.slao import Slao, SlaoConfig, orthonormal_rows
 from tests.support.fake_context import FakeContext
+from tests.support.lora_pair import LoraPair
 
 A, B = "layer.lora_A.weight", "layer.lora_B.weight"
 
 
-class Lora(nn.Module):
-    """One linear layer's pair: A is [2, 2], B is [1, 2]."""
-
-    def __init__(self, a: Tensor, b: Tensor) -> None:
-        super().__init__()
-        self.layer = nn.Module()
-        for name, value in (("lora_A", a), ("lora_B", b)):
-            matrix = nn.Linear(value.shape[1], value.shape[0], bias=False)
-            matrix.weight = nn.Parameter(value.clone())
-            self.layer.add_module(name, matrix)
-
-
 def task(index: int, a: Tensor, b: Tensor, state: MethodState | None) -> tuple[dict[str, Tensor], MethodState]:
     """What is kept, and the state, of a task whose training ends at a and b."""
-    ctx = FakeContext(Lora(a, b), earlier=[f"t{i}" for i in range(index)], state=state)
+    ctx = FakeContext(LoraPair(a, b), earlier=[f"t{i}" for i in range(index)], state=state)
     method = Slao(SlaoConfig())
     return method.export(ctx, ctx.weights()), method.end_task(ctx)
 
@@ -70,7 +59,7 @@ def test_the_next_task_starts_from_the_trained_weights_and_not_from_the_merge(tm
     kept, state = task(1, torch.tensor([[3.0, 4.0], [0.0, 5.0]]), torch.tensor([[2.0, 1.0]]), state)
     save_method_state(tmp_path, "slao", state)
     # The stage loads what was kept; the method then sets what was trained.
-    model = Lora(kept[A], kept[B])
+    model = LoraPair(kept[A], kept[B])
     ctx = FakeContext(model, earlier=["t0", "t1"], state=load_method_state(tmp_path, "slao"))
     assert Slao(SlaoConfig()).prepare_model(ctx, model) is model
     assert ctx.weights()[A].tolist() == [pytest.approx([0.6, 0.8]), pytest.approx([-0.8, 0.6])]
@@ -79,7 +68,7 @@ def test_the_next_task_starts_from_the_trained_weights_and_not_from_the_merge(tm
 
 
 def test_first_task_is_plain() -> None:
-    model = Lora(torch.tensor([[3.0, 4.0], [0.0, 5.0]]), torch.ones(1, 2))
+    model = LoraPair(torch.tensor([[3.0, 4.0], [0.0, 5.0]]), torch.ones(1, 2))
     ctx = FakeContext(model)
     before = {name: weight.clone() for name, weight in ctx.weights().items()}
     method = Slao(SlaoConfig())
@@ -90,7 +79,7 @@ def test_first_task_is_plain() -> None:
 
 def test_the_merge_keeps_the_type_of_the_file_and_counts_in_fp32() -> None:
     _, state = task(0, torch.eye(2), torch.full((1, 2), 8.0), None)
-    ctx = FakeContext(Lora(torch.eye(2), torch.full((1, 2), 2.0)), earlier=["t0"], state=state)
+    ctx = FakeContext(LoraPair(torch.eye(2), torch.full((1, 2), 2.0)), earlier=["t0"], state=state)
     low = {name: weight.bfloat16() for name, weight in ctx.weights().items()}
     kept = Slao(SlaoConfig()).export(ctx, low)
     assert kept[B].dtype == torch.bfloat16
@@ -98,7 +87,7 @@ def test_the_merge_keeps_the_type_of_the_file_and_counts_in_fp32() -> None:
 
 
 def test_what_is_no_lora_matrix_is_refused() -> None:
-    model = Lora(torch.eye(2), torch.ones(1, 2))
+    model = LoraPair(torch.eye(2), torch.ones(1, 2))
     model.bias = nn.Parameter(torch.zeros(1))
     with pytest.raises(UserError, match="these are trained too: bias"):
         Slao(SlaoConfig()).prepare_model(FakeContext(model), model)
@@ -106,6 +95,6 @@ def test_what_is_no_lora_matrix_is_refused() -> None:
 
 def test_another_rank_is_refused() -> None:
     _, state = task(0, torch.eye(2), torch.ones(1, 2), None)
-    model = Lora(torch.ones(3, 4), torch.ones(1, 3))
+    model = LoraPair(torch.ones(3, 4), torch.ones(1, 3))
     with pytest.raises(UserError, match="does not fit the trained parameters"):
         Slao(SlaoConfig()).prepare_model(FakeContext(model, earlier=["t0"], state=state), model)
