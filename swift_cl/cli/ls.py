@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ KINDS = ("methods", "tuners", "benchmarks", "scorers")
 # Too long for a table.
 JSON_ONLY = ("flags", "paper", "cell", "options", "data_dir", "missing", "data_source", "description", "file")
 LONGEST_LIST = 6
+WIDTH_OF_A_FILE = 160
 
 
 def add_parser(subparsers: Any) -> None:
@@ -112,16 +114,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
         return 0
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     columns = [key for key in (rows[0] if rows else {}) if key not in JSON_ONLY]
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         # Names are what one copies from here, so they are never wrapped, however narrow the terminal.
         longest = max(len(str(row[column])) for row in rows) if column == "name" else None
         table.add_column(column, no_wrap=column == "name", min_width=longest, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in columns))
-    Console().print(table)
+    # A file or pipe has no width to fit into.
+    Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_FILE).print(table)
     return 0
