@@ -12,7 +12,7 @@ results.json (schema 1) has for each scorer, beside `base`, `matrix`, `n`, `n_ba
 Scores of single answers are in RUN_DIR/scores, see `score_files`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class CellAnswers:
         expected: turns of the test data.
         problems: why answers are missing, each reason with its count, the most frequent first.
         cut: answers that ended at the token limit.
+        tokens: length of all answers, None where the endpoint did not tell that of each.
     """
 
     items: list[Item]
@@ -51,6 +52,7 @@ class CellAnswers:
     expected: int
     problems: list[str]
     cut: int = 0
+    tokens: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -73,6 +75,7 @@ def cell_answers(
     keys: list[str] = []
     reasons: dict[str, int] = {}
     cut = 0
+    tokens: list[int | None] = []
     for turn in turns:
         answer = store.latest(turn.id, turn.turn)
         if answer is None:
@@ -89,10 +92,17 @@ def cell_answers(
             items.append(replace(turn, answer=answer["answer"]))
             keys.append(answer["key"])
             cut += answer.get("finish") == "length"
+            tokens.append(answer.get("tokens"))
             continue
         reasons[reason] = reasons.get(reason, 0) + 1
     problems = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
-    return CellAnswers(items, keys, len(turns), problems, cut)
+    return CellAnswers(items, keys, len(turns), problems, cut, total(tokens))
+
+
+def total(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    found = list(counts)
+    return None if None in found else sum(count for count in found if count is not None)
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,7 @@ def score_grid(grid: Grid, scorers: Sequence[GridScorer], backend: str) -> Score
         "answers": {
             "expected": [cells[grid.base.row, task.name].expected for task in grid.tasks],
             "cut_at_max_tokens": sum(cell.cut for cell in cells.values()),
+            "tokens": total(cell.tokens for cell in cells.values()),
         },
         "problems": problems,
     }

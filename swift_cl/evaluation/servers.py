@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swift_cl.errors import UserError
 from swift_cl.evaluation.client import Endpoint, RetryPolicy
+from swift_cl.evaluation.journal import Journal
 from swift_cl.evaluation.plan import BASE, Grid, Target
 from swift_cl.io import sha256_json
 from swift_cl.serving.adapters import Adapter, Deployment, check_deployment, unique
@@ -94,9 +95,14 @@ def _one_by_one(plan: ServerPlan) -> list[ServerPlan]:
 
 @contextlib.contextmanager
 def serve(
-    plan: ServerPlan, run_dir: Path, settings: ServerSettings, retry: RetryPolicy, notify: Callable[[str], None]
+    plan: ServerPlan,
+    run_dir: Path,
+    settings: ServerSettings,
+    retry: RetryPolicy,
+    notify: Callable[[str], None],
+    journal: Journal,
 ) -> Iterator[Endpoint]:
-    """Start a server of ours for a plan; its logs go to `run_dir/logs`."""
+    """Start a server of ours for a plan; its logs go to `run_dir/logs`, what it took to `journal`."""
     logs = run_dir / "logs"
     with contextlib.ExitStack() as stack:
         deployment, name = plan.deployment, None
@@ -119,6 +125,7 @@ def serve(
             notify=notify,
         )
         stack.enter_context(server)
+        journal.server(server.command.argv, server.ready_seconds)
         transport = getattr(server, "transport", None)
         endpoint = Endpoint(server.base_url, retry, server.check_alive, transport=transport)
         yield stack.enter_context(contextlib.closing(endpoint))

@@ -1,7 +1,9 @@
 """report.md: the essentials as text."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from swift_cl.report.comparison import aggregate, comparison_table
 from swift_cl.report.overview import cut_answers, facts, problems, sample_size
 from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import (
@@ -35,6 +37,10 @@ def render_markdown(runs: Sequence[ReportRun], plots: Mapping[str, str]) -> str:
         parts.append("## Problems\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append(sample_size(runs))
     parts += [_table(table) for table in summary_tables(results)]
+    over = aggregate(runs)
+    parts += [_over_runs(comparison_table(entry)) for entry in over.comparisons]
+    if over.refused:
+        parts.append(f"Not averaged over runs: {over.refused}")
     parts += [_table(table) for table in grid_tables(results)]
     shown = references(results)
     if len(shown) > 1:
@@ -55,6 +61,10 @@ def _table(table: Table, level: int = 2) -> str:
     return f"{'#' * level} {table.title}\n\n{text}" + (f"\n\n{notes}" if notes else "")
 
 
+def _over_runs(table: Table) -> str:
+    return _table(replace(table, title=f"Over seeds and orders: {table.title}"))
+
+
 def _training(run: ReportRun, record: TrainingRecord) -> str:
     header = ["stage", "rows", "epochs", "steps", "last loss", "seconds", "processes", "FLOPs", "weights (sha256)"]
     rows = [[*line[:8], line[8][:12]] for line in record.table]
@@ -62,6 +72,6 @@ def _training(run: ReportRun, record: TrainingRecord) -> str:
     parts = [_table(Table(f"Training of {run.label}", header, rows))]
     if known:
         parts.append("\n".join(f"- {name}: {value}" for name, value in known))
-    if record.commands:
-        parts.append("```sh\n" + "\n".join(record.commands) + "\n```")
+    if record.commands or record.eval_commands:
+        parts.append("```sh\n" + "\n".join([*record.commands, *record.eval_commands]) + "\n```")
     return "\n\n".join(parts)

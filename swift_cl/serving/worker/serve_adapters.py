@@ -9,13 +9,11 @@ Run by file path in any environment that has ms-swift 4.6, so it imports nothing
   adapter only, so switching the active adapter before a batch gives the same answers, at full batch size.
 """
 
-import os
-import signal
-import threading
 import time
 from contextlib import nullcontext
 from typing import Any
 
+from starter import watch_starter  # type: ignore[import-not-found]
 from swift.infer_engine import AdapterRequest, TransformersEngine
 from swift.pipelines.infer.deploy import SwiftDeploy
 
@@ -85,20 +83,6 @@ class AdapterDeploy(SwiftDeploy):
             self.infer_engine = engine
         # ms-swift silently takes another port if the one asked for is in use.
         print(f"swift-cl server port {self.args.port}", flush=True)
-
-
-def end_with_parent(parent: int, poll_seconds: float = 1.0) -> None:
-    """Kill the own process group once `parent` is no longer the parent; runs in a thread for the server's life."""
-    while os.getppid() == parent:
-        time.sleep(poll_seconds)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-def watch_starter() -> None:
-    """Start `end_with_parent` if the process was given a group of its own; else there is none that may be killed."""
-    starter = os.environ.get("SWIFT_CL_SERVER_PARENT")
-    if starter:
-        threading.Thread(target=end_with_parent, args=(int(starter),), daemon=True).start()
 
 
 if __name__ == "__main__":
