@@ -15,7 +15,7 @@ from swift_cl.report.charts import Chart
 from swift_cl.report.comparison import Aggregate, aggregate, interval_text, mean_text
 from swift_cl.report.curves import task_curves
 from swift_cl.report.heatmap import Heatmap, heatmap
-from swift_cl.report.overview import Fact, cut_answers, facts, problems, sample_size, shared
+from swift_cl.report.overview import Fact, cut_answers, facts, methods, problems, sample_size, shared
 from swift_cl.report.questions import question_data, script_json
 from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import (
@@ -108,6 +108,7 @@ def render_html(runs: Sequence[ReportRun]) -> str:
     return environment.get_template("report.html.j2").render(
         page=_page(runs, records),
         runs=runs,
+        methods=methods(runs),
         records=records,
         styles=styles,
         scorers=[_scorer_view(runs, name, styles, over) for name in scorers([run.results for run in runs])],

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from swift_cl.report.comparison import aggregate, comparison_table
-from swift_cl.report.overview import cut_answers, facts, problems, sample_size
+from swift_cl.report.overview import cut_answers, facts, methods, problems, sample_size
 from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import (
     REFERENCES,
@@ -27,7 +27,7 @@ def render_markdown(runs: Sequence[ReportRun], plots: Mapping[str, str]) -> str:
     results = [run.results for run in runs]
     records = [training_record(run) for run in runs]
     title = ", ".join(dict.fromkeys(str(entry["benchmark"]) for entry in results))
-    parts = [f"# {title}: {', '.join(run.label for run in runs)}"]
+    parts = [f"# {title}: {methods(runs)}"]
     parts.append("\n".join(f"- {fact.name}: {fact.full or fact.value}" for fact in facts(runs)))
     missing = problems(runs)
     if missing:

@@ -59,15 +59,15 @@ def number(value: float | None) -> str:
 
 
 def labels(results: Sequence[Results]) -> list[str]:
-    """How the runs are called: by method; runs that share one by their names, else seeds, else positions too."""
+    """How the runs are called: by method; runs that share one by their seeds, else names, else positions too."""
     methods = [str(entry["method"]) for entry in results]
     found = []
     for position, (method, entry) in enumerate(zip(methods, results, strict=True), start=1):
         same = [other for other in results if str(other["method"]) == method]
-        forms = [(entry.get(key), [other.get(key) for other in same]) for key in ("name", "seed")]
+        forms = [(entry.get(key), [other.get(key) for other in same]) for key in ("seed", "name")]
         told = [
             f"seed {value}" if key == "seed" else str(value)
-            for key, (value, values) in zip(("name", "seed"), forms, strict=True)
+            for key, (value, values) in zip(("seed", "name"), forms, strict=True)
             if value is not None and len(set(map(str, values))) == len(same)
         ]
         found.append(method if len(same) == 1 else f"{method} ({told[0] if told else position})")
