@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def journal(run_dirs: Sequence[Path], backend: str) -> Iterator[Journal]:
         backend: what generates, with its version, as in the answers' keys.
     """
     found = Journal()
-    started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    started, begin = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.monotonic()
 
     def write() -> None:
         tallies = [tally for asker in found.askers for tally in asker.tallies]
