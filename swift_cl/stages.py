@@ -36,6 +36,9 @@ class Stage:
         model_args: model_type, template, torch_dtype: what a server needs to load the base the same way.
         system: the system prompt of the stage, None for the template's default.
         started_from: `{"dir", "weights_sha256"}` of the stage before, or None.
+        route: how its answers are chosen among several adapters, None where it answers with its own: `task_id_given`,
+            `settings` of the method, `state_sha256` of its state, and `candidates`, each with `name`, `tasks`, `dir`
+            (relative), `sha256` and `system`.
         probe: `{"messages", "logprobs"}`: what it answered right after training, None where that was not recorded.
     """
 
@@ -53,6 +56,7 @@ class Stage:
     started_from: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
+    route: dict[str, Any] | None = None
 
     @property
     def weights_dir(self) -> Path:

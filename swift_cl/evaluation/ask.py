@@ -29,6 +29,7 @@ class Dialogue:
         base: identity of the weights below the adapter; the same as `weights` where there is none.
         system: system prompt, None to send none.
         stores: where its answers go; several when runs share the model and the question.
+        routed: what a stage's router calls this model, None where nothing was chosen.
     """
 
     served: str
@@ -37,6 +38,7 @@ class Dialogue:
     system: str | None
     row: Row
     stores: tuple[AnswerStore, ...]
+    routed: str | None = None
 
 
 @dataclass
@@ -113,6 +115,7 @@ def _row(dialogue: Dialogue, turn: int, question: str, reference: str, key: str)
         "served": dialogue.served,
         "weights": dialogue.weights,
         "key": key,
+        **({} if dialogue.routed is None else {"routed": dialogue.routed}),
     }
 
 

@@ -15,6 +15,7 @@ from swift_cl.evaluation.journal import Journal, journal
 from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
 from swift_cl.evaluation.questions import Stores, base_of, dialogues, probes
 from swift_cl.evaluation.results import Scored, collect, score_grids
+from swift_cl.evaluation.routes import Routes
 from swift_cl.evaluation.scoring import GridScorer, choose_scorers, load_scorers
 from swift_cl.evaluation.servers import ServerPlan, ServerSettings, each_once, names_at, plan_servers, serve
 from swift_cl.evaluation.settings import Settings, load_settings
@@ -196,8 +197,14 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
             plan.check()
     settings = Settings(generation(grids, options), backend_of(grids, options), options.history, options.system)
     stores = Stores()
+    routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
+    with terminate_raises():
+        routes.fill(grids, notify)
     identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    work = [(plan, dialogues(plan.targets, plan.served, options.system, stores)) for plan in plans]
+    found_by_plan = [dialogues(plan.targets, plan.served, options.system, stores, routes.answers) for plan in plans]
+    work = [
+        (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
+    ]
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
     log = journal([grid.run.dir for grid in grids], settings.backend)
     with (

@@ -14,7 +14,8 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
     end_task(ctx)                  every rank, model still alive: the state that the next task needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
     export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
-    route(ctx, request)            only for methods that choose an adapter at inference
+    candidates(ctx)                rank 0, for methods that choose at inference: the adapters the stage answers with
+    route(ctx, requests)           only for those, in a process of its own: an adapter for each question of a batch
 
 A method never asks which engine runs it: gradients, weights and reductions come from `TaskContext`.
 """
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
+from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -122,6 +124,7 @@ class TaskContext(Protocol):
         rank, world_size: of the data-parallel group.
         device: where the model lives.
         system: the stage's system prompt, None for the template's default.
+        this_stage: the current task's own folders; its weights are there from `end_task` on.
         model: the model as transformers sees it, unwrapped (a PeftModel for LoRA).
         module_for_forward: the unwrapped module to run extra forwards on (same weights, no reducer hooks).
         parameters: trained parameters by name, without wrapper prefixes and adapter name.
@@ -146,6 +149,8 @@ class TaskContext(Protocol):
     def device(self) -> Any: ...
     @property
     def system(self) -> str | None: ...
+    @property
+    def this_stage(self) -> EarlierTask: ...
     @property
     def model(self) -> Any: ...
     @property
@@ -176,6 +181,9 @@ class TaskContext(Protocol):
 
     def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
         """Rows through the training template; a row that the template would drop gives an empty dict."""
+
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        """Token ids of prompts as they are asked at inference: generation prompt at the end, no answer."""
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
@@ -300,6 +308,24 @@ class Method:
     def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
         """The content of the kept adapter's adapter_config.json; unchanged by default."""
         return config
+
+    # --- at inference ------------------------------------------------------------------------------------------------
+
+    def routes(self) -> bool:
+        """Whether this configuration chooses an adapter for every question instead of answering with the stage's."""
+        return type(self).route is not Method.route
+
+    def needs_task_id(self) -> bool:
+        """Whether the question's task must be given at inference. Tables then say so, and `route` is not called."""
+        return False
+
+    def candidates(self, ctx: TaskContext) -> list[Candidate]:
+        """The adapters that the stage answers with, after `end_task`; by default one a task, each stage's own."""
+        return [Candidate(stage.task, (stage.task,), stage.weights_dir) for stage in (*ctx.earlier, ctx.this_stage)]
+
+    def route(self, ctx: RouteContext, requests: Sequence[RouteRequest]) -> Sequence[Route]:
+        """One choice a request, in their order. There are at least two candidates."""
+        raise NotImplementedError(f"method '{self.name}' does not route")
 
 
 def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from swift_cl.errors import UserError
 from swift_cl.evaluation.comparison import Comparison, compare, read_run
 from swift_cl.evaluation.statistics import CONFIDENCE, Summary
+from swift_cl.report.overview import has_repeats
 from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import METRIC_NAMES, NOT_MEASURED, SUMMARY, Table, number
 from swift_cl.report.text import table_text
@@ -32,7 +33,7 @@ class Aggregate:
 
 def aggregate(runs: Sequence[ReportRun]) -> Aggregate:
     """Group the runs by method, if any method has several (seeds, task orders)."""
-    if len({str(run.results["method"]) for run in runs}) == len(runs):
+    if not has_repeats(runs):
         return Aggregate([])
     try:
         return Aggregate(compare([read_run(run.dir) for run in runs]))

@@ -26,6 +26,7 @@ from swift_cl.report.tables import (
     direction,
     number,
     references,
+    routing_tables,
     scale,
     scorers,
 )
@@ -115,6 +116,7 @@ def render_html(runs: Sequence[ReportRun]) -> str:
         losses=[chart for group in by_order(runs) for chart in loss_curves(group, records, styles)],
         confidence=f"{CONFIDENCE:.0%}",
         definitions=[(METRIC_NAMES[name], NOTES[name], FORMULAS[name]) for name in SUMMARY],
+        routing=routing_tables([run.results for run in runs]),
         questions=questions,
         question_json=None if questions is None else Markup(script_json(questions)),
         version=swift_cl.__version__,

@@ -13,6 +13,7 @@ from swift_cl.report.tables import (
     grid_tables,
     legend_lines,
     references,
+    routing_tables,
     summary_tables,
 )
 from swift_cl.report.training import TrainingRecord, training_record
@@ -42,6 +43,7 @@ def render_markdown(runs: Sequence[ReportRun], plots: Mapping[str, str]) -> str:
     if over.refused:
         parts.append(f"Not averaged over runs: {over.refused}")
     parts += [_table(table) for table in grid_tables(results)]
+    parts += [_table(table) for table in routing_tables(results)]
     shown = references(results)
     if len(shown) > 1:
         parts.append("\n".join(f"- {name}: {REFERENCES[name]}" for name in shown))

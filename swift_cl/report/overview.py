@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+from swift_cl.evaluation.routes import method_of
 from swift_cl.report.runs import ReportRun
 
 
@@ -49,13 +50,13 @@ def facts(runs: Sequence[ReportRun]) -> list[Fact]:
 
 def methods(runs: Sequence[ReportRun]) -> str:
     """`seq, replay`; with several runs of a method `seq (3 runs), replay (3 runs)`."""
-    counts = Counter(str(run.results["method"]) for run in runs)
+    counts = Counter(method_of(run.results) for run in runs)
     return ", ".join(name if count == 1 else f"{name} ({count} runs)" for name, count in counts.items())
 
 
 def has_repeats(runs: Sequence[ReportRun]) -> bool:
     """Whether a method has several runs."""
-    return len({str(run.results["method"]) for run in runs}) < len(runs)
+    return len({method_of(run.results) for run in runs}) < len(runs)
 
 
 def seeds(runs: Sequence[ReportRun]) -> Fact:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
+from swift_cl.methods._adapters import is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
-from swift_cl.stages import STATE_DIR, Stage, load_stage
+from swift_cl.stages import ADAPTER_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
 
@@ -73,6 +76,11 @@ class Session:
         return distributed.world()[1]
 
     @property
+    def this_stage(self) -> EarlierTask:
+        weights = self.output_dir / (ADAPTER_DIR if is_peft(self.model) else "model")
+        return EarlierTask(self.task, self.output_dir, weights, self.output_dir / STATE_DIR)
+
+    @property
     def device(self) -> Any:
         return self.trainer.accelerator.device
 
@@ -111,6 +119,11 @@ class Session:
             except MaxLengthError:
                 encoded.append({})
         return encoded
+
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        with inference_template(self.template):
+            encoded = [self.template.encode({"messages": [dict(message) for message in prompt]}) for prompt in prompts]
+        return [list(row["input_ids"]) for row in encoded]
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.trainer.data_collator(list(encoded))
@@ -252,6 +265,30 @@ class Session:
             }
             save_method_state(self.output_dir / STATE_DIR, self.method.name, state)
         distributed.barrier()
+
+    def route_record(self) -> dict[str, Any] | None:
+        """What stage.json says about choosing an adapter at inference (rank 0, after `end_task`); see `Stage.route`."""
+        method = self.method
+        if not (method.routes() or method.needs_task_id()):
+            return None
+        systems = {task.task: load_stage(task.dir).system for task in self.earlier} | {self.task: self.system}
+        candidates = [
+            {
+                "name": candidate.name,
+                "tasks": list(candidate.tasks),
+                "dir": os.path.relpath(candidate.dir, self.output_dir),
+                "sha256": sha256_file(candidate.dir / WEIGHTS),
+                "system": systems[candidate.tasks[-1]],
+            }
+            for candidate in method.candidates(self)
+        ]
+        state = self.output_dir / STATE_DIR / f"{method.name}.json"
+        return {
+            "task_id_given": method.needs_task_id(),
+            "settings": vars(method.config),
+            "state_sha256": sha256_file(state) if state.is_file() else None,
+            "candidates": candidates,
+        }
 
     def exported_state(self, trainer: Any) -> dict[str, Tensor]:
         """Full live state with the method's exported weights in place; every rank must call it."""

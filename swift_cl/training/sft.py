@@ -217,6 +217,7 @@ class CLSft(SwiftSft):
                     "processes": distributed.world()[1],
                 },
                 probe=probe,
+                route=self.session.route_record(),
             ).save()
         distributed.barrier()
 
