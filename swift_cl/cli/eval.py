@@ -91,6 +91,9 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         help="settings of scorers, such as numeric_match.tolerance=0.01; they win over the benchmark's scorer_options",
     )
     group.add_argument("--output", metavar="DIR", help="folder of the report that covers all runs")
+    group.add_argument(
+        "--no_report", **_SWITCH, help="print the tables, write results.json, but no report and no plots"
+    )
 
 
 def add_asking_flags(parser: argparse.ArgumentParser) -> None:
@@ -338,10 +341,15 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Write the reports of the runs and print the table."""
+    """Write the reports of the runs, unless they are not wanted, and print the table."""
     from swift_cl.cli import report
+    from swift_cl.report.runs import load_results
+    from swift_cl.report.text import render_text
 
-    report.run(args)
+    if args.no_report:
+        print(render_text([load_results(Path(folder)) for folder in args.run_dirs]))
+    else:
+        report.run(args)
 
 
 def _notify(line: str) -> None:

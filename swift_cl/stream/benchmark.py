@@ -14,6 +14,7 @@ from swift_cl.stream import catalogue
 from swift_cl.stream.files import mentions_images, starts_with_mark
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
 from swift_cl.stream.rows import Row, check_askable
+from swift_cl.stream.validation import explain
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -133,14 +134,6 @@ class BenchmarkModel(BaseModel):
     test_options: dict[str, Any] = {}
 
 
-def explain(path: Path, error: ValidationError) -> UserError:
-    """The first problem of a validation as one line that names the key."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the file"
-    found = "" if first["type"] in ("missing", "extra_forbidden") else f", found {first.get('input')!r}"
-    return UserError(f"{path}: {key}: {first['msg']}{found}")
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; a missing or malformed file is a `UserError`."""
     if not path.is_file():
@@ -173,10 +166,11 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         return load_folder(path, data_dir)
     if path.is_dir():
         path = path / "benchmark.yaml"
+    values = read_yaml(path)
     try:
-        model = BenchmarkModel.model_validate(read_yaml(path))
+        model = BenchmarkModel.model_validate(values)
     except ValidationError as error:
-        raise explain(path, error) from None
+        raise explain(path, error, BenchmarkModel, values) from None
     if data_dir is None and catalogue.holds(path):
         data_dir = catalogue.data_folder(model.name)
     root = data_dir or (path.parent / (model.data_dir or ".")).resolve()
