@@ -1,6 +1,7 @@
 """`swift-cl run`: the whole task sequence from one file."""
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -45,15 +46,22 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--preview", action="store_true", help="print every command and path, start nothing")
     parser.add_argument("--overwrite", action="store_true", help="delete what this run made before, and start anew")
     parser.add_argument("--verbose", action="store_true", help="show ms-swift's own log lines")
+    parser.add_argument("--schema", choices=("run", "benchmark"), nargs="?", const="run",
+                        help="print the JSON schema of a run file (default) or a benchmark file, and stop")  # fmt: skip
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Plan, train, evaluate, report."""
+    if args.schema is not None:
+        from swift_cl.workflow.schema import schema
+
+        print(json.dumps(schema(args.schema), ensure_ascii=False, indent=2))
+        return 0
     from swift_cl.cli.main import build_parser
     from swift_cl.workflow.plan import make_plans, preview
     from swift_cl.workflow.provenance import noted
-    from swift_cl.workflow.run import check_rows, eval_argv, prepare
+    from swift_cl.workflow.run import check_rows, check_train_flags, eval_argv, prepare
 
     config, benchmark = configuration(args)
     plans = make_plans(config, benchmark)
@@ -62,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     check_eval_keys(config.eval, parser)
     evaluation = parser.parse_args(["eval", *eval_argv(config, plans)])
     if args.preview:
+        check_train_flags(plans)
         check_rows(config, benchmark)
         print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None))
         return 0

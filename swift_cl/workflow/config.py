@@ -15,9 +15,10 @@ Mode = Literal["train_only", "eval_only", "train_then_eval", "full_workflow"]
 
 
 class RunConfig(BaseModel):
-    """The schema of a run file; unknown keys are errors. Relative paths are relative to the file.
+    """What to train and evaluate. Unknown keys are errors. Relative paths are relative to the file.
 
     Attributes:
+        name: the run's name in reports; default: benchmark and method.
         benchmark: benchmark file or folder, or the name of one of `swift-cl ls benchmarks`.
         data_dir: where the data files are, if not beside the benchmark file.
         model: local folder or hub id of the base model.
@@ -25,6 +26,7 @@ class RunConfig(BaseModel):
         method: a method, or several.
         seed: a seed, or several. Each combination of method, order and seed is a run of its own.
         output_dir: one folder a run is made in it.
+        mode: which parts to do; `--mode` wins.
         train: any flag of `swift-cl sft`, without dashes.
         method_settings: flags that only one method gets, by method name.
         eval: flags of `swift-cl eval`, without dashes.

@@ -10,6 +10,7 @@ from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark
 from swift_cl.stream.disk import check_on_disk
 from swift_cl.stream.readers import needed_files
+from swift_cl.training.flags import flag_values
 from swift_cl.workflow import provenance
 from swift_cl.workflow.chain import record
 from swift_cl.workflow.config import RunConfig
@@ -23,6 +24,17 @@ def check_rows(config: RunConfig, benchmark: Benchmark) -> None:
     for task in tasks:
         task.train_rows()
         task.test_rows()
+
+
+def check_train_flags(plans: list[RunPlan]) -> None:
+    """Refuse flags of the training that ms-swift does not know, as the training process itself will.
+
+    It imports ms-swift, which takes seconds: for the preview. A run meets the same check as its first act.
+    """
+    from swift_cl.training.arguments import check_known_flags
+
+    for name in dict.fromkeys(name for plan in plans for stage in plan.stages for name in flag_values(stage.argv)):
+        check_known_flags([name])
 
 
 def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[RunPlan]:
