@@ -33,6 +33,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--from", metavar="RUN_DIR", type=Path, dest="repeated",
                         help="repeat this run from what its folder holds, in place of CONFIG; refused when the data "
                         "has changed. --output_dir says where, default: beside the old one, with _again")  # fmt: skip
+    parser.add_argument("--train_params", metavar="FILE", type=Path, help="EasyCL's training file (with --eval_params, "
+                        "in place of CONFIG); run.yaml is made of both in its output_dir")  # fmt: skip
+    parser.add_argument("--eval_params", metavar="FILE", type=Path, help="EasyCL's evaluation file")
+    parser.add_argument("--benchmark_dir", metavar="DIR", type=Path, help="EasyCL's benchmark folder, whose order "
+                        "--order names; default: the tasks of `dataset` in the training file")  # fmt: skip
     parser.add_argument("--mode", choices=MODES,
                         help="train_only, eval_only, train_then_eval (the table alone), or full_workflow (report and "
                         "plots as well; the default)")  # fmt: skip
@@ -119,16 +124,28 @@ def work(
 def configuration(args: argparse.Namespace) -> "tuple[RunConfig, Benchmark]":
     """The run file, or the configuration of the run that is repeated, with the changes of the command line."""
     from swift_cl.workflow.config import load_config
+    from swift_cl.workflow.easycl_call import convert, load_call
     from swift_cl.workflow.repeat import repeated
 
-    if (args.config is None) == (args.repeated is None):
-        raise UserError("run: needs CONFIG (a run file) or --from RUN_DIR, one of them")
+    easycl = [args.train_params, args.eval_params]
+    sources = (args.config, args.repeated, next(filter(None, easycl), None))
+    if sum(source is not None for source in sources) != 1:
+        raise UserError("run: needs CONFIG (a run file), --from RUN_DIR, or --train_params and --eval_params")
+    if any(easycl) != all(easycl) or (args.benchmark_dir is not None and not all(easycl)):
+        raise UserError(
+            "run: --train_params, --eval_params (and --benchmark_dir) go together: EasyCL's call has them all"
+        )
     if args.repeated is not None:
         given = [flag for flag in CHANGES if getattr(args, flag)]
         if given:
             flag = given[0].replace("assignments", "set")
             raise UserError(f"run: --from repeats a run as it was, so --{flag} does not go with it")
         config, benchmark = repeated(args.repeated, lambda line: print(f"note: {line}", file=sys.stderr))
+    elif args.train_params is not None:
+        call = convert(args.train_params, args.eval_params, args.benchmark_dir)
+        for line in call.notes:
+            print(f"note: {line}", file=sys.stderr)
+        config, benchmark = load_call(call, lambda path: load_config(path, args.assignments), args.preview)
     else:
         config, benchmark = load_config(args.config, args.assignments)
     for key in ("mode", "order", "method", "model", "seed"):

@@ -356,4 +356,4 @@ class TestFrom:
         for argv in ([], [str(made), "--from", str(made)]):
             code, _, err = call(*argv)
             assert code == 2
-            assert "needs CONFIG (a run file) or --from RUN_DIR" in err
+            assert "needs CONFIG (a run file), --from RUN_DIR, or --train_params" in err
