@@ -13,10 +13,14 @@ from swift_cl.io import read_text
 from swift_cl.stream import catalogue
 from swift_cl.stream.files import mentions_images, starts_with_mark
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
+from swift_cl.stream.readers.messages import check_head
 from swift_cl.stream.rows import Row, check_askable
 from swift_cl.stream.validation import explain
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+STREAMED_HEAD = 1000
+"""Rows of a streamed file that are checked before the start."""
 
 ScorerOptions = Mapping[str, Mapping[str, Any]]
 
@@ -58,6 +62,19 @@ class Task:
     def train_rows(self) -> list[Row]:
         """The rows to learn from."""
         return read_rows(self.train, self.file_format, self.train_limit, self.train_options)
+
+    def check_streamed(self) -> None:
+        """Check what can be checked of training rows that are streamed: the file's kind and its first rows.
+
+        Raises:
+            UserError: the task's rows cannot be streamed, or one of the first is wrong.
+        """
+        if self.file_format != "messages" or self.train.suffix != ".jsonl" or self.train_limit is not None:
+            raise UserError(
+                f"task {self.name!r}: {self.train} cannot be streamed, only JSON lines (.jsonl) of format messages "
+                "without train_limit can"
+            )
+        check_head(self.train, STREAMED_HEAD)
 
     def test_rows(self) -> list[Row]:
         """The rows to ask."""

@@ -14,7 +14,7 @@ from swift_cl.methods.registry import methods
 from swift_cl.stages import Stage
 from swift_cl.training.checkpoints import resumable_checkpoint
 from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
-from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
+from swift_cl.training.preflight import check_data, check_model, is_streaming, load_previous, start_of_stage
 from swift_cl.training.trainer import TRAINERS
 
 
@@ -78,7 +78,7 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     previous = None
     argv = list(argv)
     if method is not None:
-        check_data(given.get("dataset", []))
+        check_data(given.get("dataset", []), is_streaming(given))
         previous = load_previous(first(given, "cl_previous"))
         adapter, start_model = start_of_stage(given, previous, method)
         if adapter is not None and "adapters" not in given:

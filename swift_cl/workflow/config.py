@@ -10,6 +10,7 @@ from swift_cl.errors import UserError
 from swift_cl.stream import catalogue
 from swift_cl.stream.benchmark import Benchmark, load_benchmark, read_yaml
 from swift_cl.stream.validation import explain
+from swift_cl.training.flags import TRUE
 
 Mode = Literal["train_only", "eval_only", "train_then_eval", "full_workflow"]
 
@@ -60,6 +61,11 @@ class RunConfig(BaseModel):
     def seeds(self) -> list[int]:
         """The seeds to run."""
         return self.seed if isinstance(self.seed, list) else [self.seed]
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the training rows are streamed (`train.streaming`)."""
+        return str(self.train.get("streaming", False)).lower() in TRUE
 
     def singles(self) -> list["RunConfig"]:
         """This configuration for each method, order and seed alone, in the order in which they run."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.io import read_json
-from swift_cl.methods.registry import get_method
+from swift_cl.methods.registry import get_method, methods
 from swift_cl.stages import stage_dir_name
 from swift_cl.stream.benchmark import Benchmark, Task
 from swift_cl.training.flags import check_method_flags, flag_values
@@ -93,7 +93,19 @@ def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
         if not several or len(set(several)) != len(several):
             raise UserError(f"{key} is {several}, expected one or several different ones")
     check_model(config.model)
+    if config.streaming:
+        check_streaming(config)
     return [_plan(single, benchmark, run_folder_name(config, single)) for single in config.singles()]
+
+
+def check_streaming(config: RunConfig) -> None:
+    """Refuse to stream for a method that needs all rows, and without an end."""
+    able = [name for name, method in methods().items() if method.support.streaming]
+    for name in config.methods:
+        if name not in able:
+            raise UserError(f"train.streaming does not work with method {name!r}, allowed: {', '.join(able)}")
+    if not config.train.get("max_steps"):
+        raise UserError("train.streaming needs train.max_steps: the number of rows is not known")
 
 
 def run_folder_name(config: RunConfig, single: RunConfig) -> str:
@@ -117,7 +129,7 @@ def _plan(config: RunConfig, benchmark: Benchmark, folder_name: str) -> RunPlan:
         folder = run_dir / stage_dir_name(index, task.name)
         values = {
             "model": config.model,
-            "dataset": str(training_file(task, run_dir)),
+            "dataset": str(training_file(task, run_dir, config.streaming)),
             "output_dir": str(folder),
             "add_version": False,
             "seed": seed,
@@ -147,9 +159,10 @@ def _plan(config: RunConfig, benchmark: Benchmark, folder_name: str) -> RunPlan:
     )
 
 
-def training_file(task: Task, run_dir: Path) -> Path:
-    """The file that ms-swift reads: the task's own one, or the run's conversion of what ms-swift reads otherwise."""
-    return task.train if task.is_native else run_dir / "data" / f"{task.name}.train.jsonl"
+def training_file(task: Task, run_dir: Path, streaming: bool = False) -> Path:
+    """The file that ms-swift reads: the task's own one (which must do for streaming), or the run's conversion of what
+    ms-swift reads otherwise."""
+    return task.train if streaming or task.is_native else run_dir / "data" / f"{task.name}.train.jsonl"
 
 
 def check_against_existing(plan: RunPlan) -> None:

@@ -10,6 +10,8 @@ stage.json.
 """
 
 import contextlib
+import hashlib
+import os
 import platform
 import subprocess
 import time
@@ -29,6 +31,7 @@ from swift_cl.workflow.config import RunConfig
 
 PROVENANCE_FILE = "provenance.json"
 PROVENANCE_SCHEMA = 1
+END = 1 << 20
 PACKAGES = (
     "ms-swift", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "safetensors", "deepspeed", "vllm",
 )  # fmt: skip
@@ -58,8 +61,18 @@ def git_state() -> dict[str, Any] | None:
         return None
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and hash of a file; of a folder those of all files in it, hashed together with their names."""
+def fingerprint(path: Path, ends_only: bool = False) -> dict[str, Any]:
+    """Size and hash of a file; of a folder those of all files in it, hashed together with their names.
+
+    Args:
+        ends_only: hash the first and the last MiB alone, for a streamed file that takes long to read.
+    """
+    if ends_only and path.is_file() and path.stat().st_size > 2 * END:
+        with path.open("rb") as stream:
+            head = stream.read(END)
+            stream.seek(-END, os.SEEK_END)
+            digest = hashlib.sha256(head + stream.read()).hexdigest()
+        return {"bytes": path.stat().st_size, "sha256": digest, "of": "first and last MiB"}
     if path.is_file():
         return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -74,9 +87,11 @@ def benchmark_files(benchmark: Benchmark) -> list[Path]:
     return [benchmark.path]
 
 
-def fingerprints(benchmark: Benchmark, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+def fingerprints(benchmark: Benchmark, tasks: Sequence[Task], streaming: bool) -> dict[str, dict[str, Any]]:
     """Fingerprints of the benchmark's definition and of every data file of the tasks, by absolute path."""
-    return {str(path.resolve()): fingerprint(path) for path in (*benchmark_files(benchmark), *needed(tasks))}
+    streamed = {task.train for task in tasks} if streaming else set()
+    files = (*benchmark_files(benchmark), *needed(tasks))
+    return {str(path.resolve()): fingerprint(path, path in streamed) for path in files}
 
 
 def describe(config: RunConfig, benchmark: Benchmark, order: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +102,7 @@ def describe(config: RunConfig, benchmark: Benchmark, order: Sequence[str]) -> d
         "seed": config.seed,
         "order": list(order),
         "model_id": weights_id(config.model),
-        "files": fingerprints(benchmark, [benchmark.tasks[name] for name in order]),
+        "files": fingerprints(benchmark, [benchmark.tasks[name] for name in order], config.streaming),
         "calls": [],
     }
 
@@ -130,13 +145,13 @@ def save(run_dir: Path, described: dict[str, Any], trained_on: Sequence[Path]) -
     write_json(path, {**described, "calls": old["calls"]})
 
 
-def check_same_inputs(recorded: dict[str, Any], benchmark: Benchmark, model: str) -> None:
+def check_same_inputs(recorded: dict[str, Any], benchmark: Benchmark, config: RunConfig) -> None:
     """Refuse to repeat a run with other data or another base model.
 
     Raises:
         UserError: a file is missing or differs, or the model does; the first one is named.
     """
-    now = fingerprints(benchmark, [benchmark.tasks[name] for name in recorded["order"]])
+    now = fingerprints(benchmark, [benchmark.tasks[name] for name in recorded["order"]], config.streaming)
     for path, had in recorded["files"].items():
         if path not in now:
             raise UserError(f"{path}: the run was made with this file, which is not part of its benchmark any more")
@@ -145,8 +160,8 @@ def check_same_inputs(recorded: dict[str, Any], benchmark: Benchmark, model: str
                 f"{path}: differs from the file that the run was made with (sha256 {now[path]['sha256'][:12]}, was "
                 f"{had['sha256'][:12]}), so the run cannot be repeated"
             )
-    if weights_id(model) != recorded["model_id"]:
-        raise UserError(f"{model}: the base model's weights differ from those that the run was made with")
+    if weights_id(config.model) != recorded["model_id"]:
+        raise UserError(f"{config.model}: the base model's weights differ from those that the run was made with")
 
 
 def changes_since(recorded: dict[str, Any]) -> list[str]:

@@ -18,11 +18,14 @@ from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, f
 
 
 def check_rows(config: RunConfig, benchmark: Benchmark) -> None:
-    """Read every data file of the order; a missing one or a wrong row is a `UserError`."""
+    """Read every data file of the order (of a streamed one the head); a missing one or a wrong row is a `UserError`."""
     tasks = {task.name: task for order in config.orders for task in benchmark.order(order)}.values()
     check_on_disk(benchmark, tasks)
     for task in tasks:
-        task.train_rows()
+        if config.streaming:
+            task.check_streamed()
+        else:
+            task.train_rows()
         task.test_rows()
 
 
@@ -60,8 +63,8 @@ def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[Ru
         provenance.save(folder, provenance.describe(single, benchmark, plan.order), trained_on)
         plan.save()
         for task in tasks:
-            file = training_file(task, folder)
-            if not task.is_native:
+            file = training_file(task, folder, config.streaming)
+            if file != task.train:
                 write_jsonl(file, [{"id": row.id, **row.as_training_row(None)} for row in task.train_rows()])
     return plans
 
