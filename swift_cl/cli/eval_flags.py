@@ -67,6 +67,9 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         help="settings of scorers, such as numeric_match.tolerance=0.01; they win over the benchmark's scorer_options",
     )
     group.add_argument("--output", metavar="DIR", help="folder of the report that covers all runs")
+    group.add_argument(
+        "--no_report", **_SWITCH, help="print the tables, write results.json, but no report and no plots"
+    )
 
 
 def add_asking_flags(parser: argparse.ArgumentParser) -> None:

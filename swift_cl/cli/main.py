@@ -63,6 +63,7 @@ def _dispatch(argv: list[str]) -> int:
         hint = did_you_mean(argv[0], known)
         raise UserError(f"command {argv[0]!r} is unknown, allowed: {', '.join(sorted(set(known)))}{hint}")
     args = parser.parse_args(argv)
+    args.argv = argv
     return int(args.run(args))
 
 

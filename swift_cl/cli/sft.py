@@ -1,7 +1,14 @@
 """`swift-cl sft`: `swift sft` with a continual-learning method."""
 
 from swift_cl.training.flags import check_method_flags, first, flag_values, help_text
-from swift_cl.training.preflight import check_data, check_model, finished_stage, load_previous, start_of_stage
+from swift_cl.training.preflight import (
+    check_data,
+    check_model,
+    finished_stage,
+    is_streaming,
+    load_previous,
+    start_of_stage,
+)
 from swift_cl.workflow.launch import launch
 
 SUMMARY = "train one stage: every flag of `swift sft`, plus --cl_method and the flags of that method"
@@ -23,7 +30,7 @@ def run(argv: list[str]) -> int:
     if method is not None:
         for model in given.get("model", []):
             check_model(model)
-        check_data(given.get("dataset", []))
+        check_data(given.get("dataset", []), is_streaming(given))
         previous = load_previous(first(given, "cl_previous"))
         start_of_stage(given, previous, method)
         stage = finished_stage(given, previous)

@@ -13,9 +13,14 @@ from swift_cl.io import read_text
 from swift_cl.stream import catalogue
 from swift_cl.stream.files import mentions_images, starts_with_mark
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
+from swift_cl.stream.readers.messages import check_head
 from swift_cl.stream.rows import Row, check_askable
+from swift_cl.stream.validation import explain
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+STREAMED_HEAD = 1000
+"""Rows of a streamed file that are checked before the start."""
 
 ScorerOptions = Mapping[str, Mapping[str, Any]]
 
@@ -58,6 +63,19 @@ class Task:
         """The rows to learn from."""
         return read_rows(self.train, self.file_format, self.train_limit, self.train_options)
 
+    def check_streamed(self) -> None:
+        """Check what can be checked of training rows that are streamed: the file's kind and its first rows.
+
+        Raises:
+            UserError: the task's rows cannot be streamed, or one of the first is wrong.
+        """
+        if self.file_format != "messages" or self.train.suffix != ".jsonl" or self.train_limit is not None:
+            raise UserError(
+                f"task {self.name!r}: {self.train} cannot be streamed, only JSON lines (.jsonl) of format messages "
+                "without train_limit can"
+            )
+        check_head(self.train, STREAMED_HEAD)
+
     def test_rows(self) -> list[Row]:
         """The rows to ask."""
         return check_askable(self.test, read_rows(self.test, self.file_format, self.test_limit, self.test_options))
@@ -94,7 +112,21 @@ class Benchmark:
         return [self.tasks[task] for task in self.orders[name]]
 
 
-class _TaskModel(BaseModel):
+class TaskModel(BaseModel):
+    """One task of a benchmark file.
+
+    Attributes:
+        name: the task's name; also the name of its column, and part of its stage's folder name.
+        train, test: data file, relative to the benchmark's data folder.
+        format: format of both files; default: the benchmark's.
+        system: system prompt of the stage that learns the task; default: the template's own.
+        scorers: scorers of this task; default: the benchmark's.
+        scorer_options: settings by scorer name; they win over the benchmark's key by key.
+        train_limit, test_limit: only the first so many rows.
+        options: settings of the format for both files.
+        train_options, test_options: settings of the format for one file; they win over `options`.
+    """
+
     model_config = ConfigDict(extra="forbid")
     name: TaskName
     train: str
@@ -110,11 +142,54 @@ class _TaskModel(BaseModel):
     test_options: dict[str, Any] = {}
 
 
-class BenchmarkModel(BaseModel):
-    """The schema of a benchmark file; unknown keys are errors.
+class GenerationModel(BaseModel):
+    """How answers are generated.
 
     Attributes:
+        max_tokens: limit of an answer, in tokens; default: 512.
+        temperature: 0 is greedy; default: 0.
+        top_p, top_k, min_p: where sampling stops; as the endpoint understands them.
+        repetition_penalty, presence_penalty, frequency_penalty: as the endpoint understands them.
+        seed: of the sampling.
+        stop: texts that end an answer.
+        extra: further fields of the request, whatever the endpoint takes.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    extra: dict[str, Any] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """What is set, `extra` beside the rest."""
+        given = self.model_dump(exclude_none=True)
+        return {**given.pop("extra"), **given}
+
+
+class BenchmarkModel(BaseModel):
+    """A benchmark: tasks, the orders in which they are learned, and how answers are scored. Unknown keys are errors.
+
+    Attributes:
+        name: the benchmark's name.
+        description: for people.
+        data_source: where the data is to be had and how to lay it out, for people.
+        format: format of the data files, see `swift-cl ls benchmarks` and assets/formats.md.
+        data_dir: folder of the data files, relative to this file; default: this file's folder.
+        tasks: the tasks.
+        orders: task names by name of an order; default: one order `default`, as the tasks stand here.
+        scorers: scorers of the tasks that name none.
+        scorer_options: settings by scorer name.
+        generation: limits of an answer, such as `max_tokens`.
         options: settings of the format for all tasks and both files; a task's own win, and among them those of a file.
+        train_options, test_options: settings of the format for all training or all test files.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -123,22 +198,14 @@ class BenchmarkModel(BaseModel):
     data_source: str = ""
     format: str = "messages"
     data_dir: str | None = None
-    tasks: list[_TaskModel] = Field(min_length=1)
+    tasks: list[TaskModel] = Field(min_length=1)
     orders: dict[str, list[str]] = {}
     scorers: list[str] = ["similarity"]
     scorer_options: dict[str, dict[str, Any]] = {}
-    generation: dict[str, Any] = {}
+    generation: GenerationModel = Field(default_factory=GenerationModel)
     options: dict[str, Any] = {}
     train_options: dict[str, Any] = {}
     test_options: dict[str, Any] = {}
-
-
-def explain(path: Path, error: ValidationError) -> UserError:
-    """The first problem of a validation as one line that names the key."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"]) or "the file"
-    found = "" if first["type"] in ("missing", "extra_forbidden") else f", found {first.get('input')!r}"
-    return UserError(f"{path}: {key}: {first['msg']}{found}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -173,10 +240,11 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         return load_folder(path, data_dir)
     if path.is_dir():
         path = path / "benchmark.yaml"
+    values = read_yaml(path)
     try:
-        model = BenchmarkModel.model_validate(read_yaml(path))
+        model = BenchmarkModel.model_validate(values)
     except ValidationError as error:
-        raise explain(path, error) from None
+        raise explain(path, error, BenchmarkModel, values) from None
     if data_dir is None and catalogue.holds(path):
         data_dir = catalogue.data_folder(model.name)
     root = data_dir or (path.parent / (model.data_dir or ".")).resolve()
@@ -217,7 +285,7 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         tasks,
         orders,
         tuple(model.scorers),
-        model.generation,
+        model.generation.settings(),
         model.scorer_options,
         root,
         " ".join(model.description.split()),

@@ -38,7 +38,7 @@ def load_folder(folder: Path, data_dir: Path | None = None) -> Benchmark:
     root = data_dir or folder.resolve()
     datasets = json_object(folder / "dataset_info.json")
     names = dict.fromkeys(task for order in orders.values() for task in order)
-    tasks = {task: _task(folder / "dataset_info.json", root, task, datasets) for task in names}
+    tasks = {task: task_of(folder / "dataset_info.json", root, task, datasets) for task in names}
     named_orders = {order: tuple(names_of) for order, names_of in orders.items()}
     check_orders(path, named_orders, tasks)
     description = str(info.get("description", ""))
@@ -66,7 +66,8 @@ def _entry(path: Path, datasets: dict[str, Any], task: str, split: str) -> str |
     return task if own.get("split") == split else None
 
 
-def _task(path: Path, root: Path, task: str, datasets: dict[str, Any]) -> Task:
+def task_of(path: Path, root: Path, task: str, datasets: dict[str, Any]) -> Task:
+    """A task whose train and test data dataset_info.json (`path`) lists; the data files are below `root`."""
     formats, files, options = [], [], []
     for split in ("train", "test"):
         key = _entry(path, datasets, task, split)

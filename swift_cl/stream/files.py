@@ -46,6 +46,29 @@ def raw_rows(path: Path) -> list[Any]:
     return rows
 
 
+def first_rows(path: Path, count: int) -> list[Any]:
+    """The first values of a JSON lines file, without reading on.
+
+    Raises:
+        UserError: the file is missing, begins with a byte order mark or an array, or one of these lines is malformed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: data file not found")
+    if starts_with_mark(path):
+        raise UserError(f"{path}: begins with a byte order mark; save it as UTF-8 without one")
+    rows: list[Any] = []
+    with path.open("rb") as stream:
+        for line in stream:
+            if len(rows) == count:
+                break
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:  # malformed JSON, or not UTF-8
+                    raise UserError(f"{path}, row {len(rows)}: not valid JSON ({error})") from None
+    return rows
+
+
 def _rows_before(text: str) -> int:
     """How many whole rows a malformed JSON array has before the place that is wrong."""
     decoder, position, count = json.JSONDecoder(), text.index("[") + 1, 0

@@ -1,6 +1,7 @@
 """The arguments of `swift-cl sft`: ms-swift's and ours in one class, checked before a model is loaded."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from swift_cl.methods.registry import methods
 from swift_cl.stages import Stage
 from swift_cl.training.checkpoints import resumable_checkpoint
 from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
-from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
+from swift_cl.training.preflight import check_data, check_model, is_streaming, load_previous, start_of_stage
 from swift_cl.training.trainer import TRAINERS
 
 
@@ -49,6 +50,18 @@ def method_config(args: Any, method: type[Method]) -> MethodConfig:
     return method.config_class(**{field.name: getattr(args, flag) for flag, field in flags_of(method)})
 
 
+def check_known_flags(given: Iterable[str]) -> None:
+    """Refuse the name of a flag that neither ms-swift nor we have.
+
+    Raises:
+        UserError: names the first one, and what may have been meant.
+    """
+    known = [field.name for field in dataclasses.fields(arguments_class()) if field.init]
+    for name in given:
+        if name not in (*known, "help"):
+            raise UserError(f"--{name} is unknown{did_you_mean(name, known)}")
+
+
 def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     """Check and parse the flags of one stage.
 
@@ -65,21 +78,15 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     previous = None
     argv = list(argv)
     if method is not None:
-        check_data(given.get("dataset", []))
+        check_data(given.get("dataset", []), is_streaming(given))
         previous = load_previous(first(given, "cl_previous"))
         adapter, start_model = start_of_stage(given, previous, method)
         if adapter is not None and "adapters" not in given:
             argv += ["--adapters", adapter]
         if start_model is not None:
             argv += ["--model", start_model]
-    known = arguments_class()
-    unknown = [
-        name for name in given if name not in {f.name for f in dataclasses.fields(known) if f.init} and name != "help"
-    ]
-    if unknown:
-        hint = did_you_mean(unknown[0], [f.name for f in dataclasses.fields(known)])
-        raise UserError(f"--{unknown[0]} is unknown{hint}")
-    args, remaining = parse_args(known, argv)
+    check_known_flags(given)
+    args, remaining = parse_args(arguments_class(), argv)
     if remaining:
         raise UserError(f"not understood: {' '.join(remaining)}")
     if method is not None:

@@ -6,16 +6,21 @@ from swift_cl.errors import UserError
 from swift_cl.io import read_json, sha256_file
 from swift_cl.methods.base import Method
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage, check_started_from, load_stage
-from swift_cl.stream.files import raw_rows, starts_with_mark
+from swift_cl.stream.benchmark import STREAMED_HEAD
+from swift_cl.stream.files import first_rows, raw_rows, starts_with_mark
 from swift_cl.stream.readers import read_rows
+from swift_cl.stream.readers.messages import check_head
 from swift_cl.training.checkpoints import find_stage_dir, safetensors_complete
 from swift_cl.training.flags import TRUE, first
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 
 
-def check_data(specs: list[str]) -> None:
+def check_data(specs: list[str], streaming: bool = False) -> None:
     """Check local data files of `--dataset`; specs that are not local files are ms-swift's business.
+
+    Args:
+        streaming: look at the first rows of JSON lines only.
 
     Raises:
         UserError: a file is missing or empty, or (messages format) a row is malformed.
@@ -34,11 +39,19 @@ def check_data(specs: list[str]) -> None:
         if path.suffix in (".json", ".jsonl"):
             if starts_with_mark(path):
                 raise UserError(f"--dataset {name}: begins with a byte order mark; save it as UTF-8 without one")
-            rows = raw_rows(path)
+            head = streaming and path.suffix == ".jsonl"
+            rows = first_rows(path, STREAMED_HEAD) if head else raw_rows(path)
             if not rows:
                 raise UserError(f"--dataset {name}: the data file has no rows")
-            if any(isinstance(row, dict) and "messages" in row for row in rows):
+            if head and all(isinstance(row, dict) and "messages" in row for row in rows):
+                check_head(path, STREAMED_HEAD)
+            elif any(isinstance(row, dict) and "messages" in row for row in rows):
                 read_rows(path, "messages")
+
+
+def is_streaming(given: dict[str, list[str]]) -> bool:
+    """Whether `--streaming true` is among the flags."""
+    return (first(given, "streaming") or "").lower() in TRUE
 
 
 def looks_local(model: str) -> bool:

@@ -81,10 +81,10 @@ class CLSft(SwiftSft):
 
     def _get_dataset(self) -> Any:
         train, val = super()._get_dataset()
+        if self.args.streaming and train is not None:
+            return train, val  # whether there is a usable row shows in `_finish`
         if train is None or len(train) == 0:
-            raise UserError(f"--dataset {' '.join(self.args.dataset)}: no usable row is left after ms-swift's checks")
-        if self.args.streaming:
-            return train, val
+            raise UserError(self._no_rows())
         rows = rows_of(train, self.template.template_meta.default_system)
         if not overrides(self._method, "prepare_task"):
             self.session.prepare_rows(rows)
@@ -95,6 +95,9 @@ class CLSft(SwiftSft):
         from datasets import Dataset
 
         return Dataset.from_list(mixed), val
+
+    def _no_rows(self) -> str:
+        return f"--dataset {' '.join(self.args.dataset)}: no usable row is left after ms-swift's checks"
 
     def _mixed_rows(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
         """What the method trains on, the same on every rank: rank 0 decides and writes, all read the file.
@@ -177,6 +180,8 @@ class CLSft(SwiftSft):
 
     def _finish(self, trainer: Any) -> None:
         """Write adapter/, cl_state/ and, last, stage.json."""
+        if self.args.streaming and trainer.state.global_step == 0:
+            raise UserError(self._no_rows())
         output_dir = Path(self.args.output_dir)
         weights = self._save_weights(trainer, output_dir)
         probe = self._probe(trainer, output_dir / weights)
@@ -211,7 +216,7 @@ class CLSft(SwiftSft):
                 train={
                     "steps": trainer.state.global_step,
                     "epochs": trainer.state.num_train_epochs,
-                    "rows": len(self.session.rows),
+                    "rows": None if self.args.streaming else len(self.session.rows),
                     "last_loss": losses[-1] if losses else None,
                     "seconds": round(time.time() - self._started, 1),
                     "processes": distributed.world()[1],

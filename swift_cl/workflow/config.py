@@ -8,19 +8,26 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from swift_cl.errors import UserError
 from swift_cl.stream import catalogue
-from swift_cl.stream.benchmark import Benchmark, explain, load_benchmark, read_yaml
+from swift_cl.stream.benchmark import Benchmark, load_benchmark, read_yaml
+from swift_cl.stream.validation import explain
+from swift_cl.training.flags import TRUE
 
 Mode = Literal["train_only", "eval_only", "train_then_eval", "full_workflow"]
 
 
 class RunConfig(BaseModel):
-    """The schema of a run file; unknown keys are errors. Relative paths are relative to the file.
+    """What to train and evaluate. Unknown keys are errors. Relative paths are relative to the file.
 
     Attributes:
+        name: the run's name in reports; default: benchmark and method.
         benchmark: benchmark file or folder, or the name of one of `swift-cl ls benchmarks`.
         data_dir: where the data files are, if not beside the benchmark file.
         model: local folder or hub id of the base model.
-        output_dir: one folder a method is made in it.
+        order: name of an order of the benchmark, or several.
+        method: a method, or several.
+        seed: a seed, or several. Each combination of method, order and seed is a run of its own.
+        output_dir: one folder a run is made in it.
+        mode: which parts to do; `--mode` wins.
         train: any flag of `swift-cl sft`, without dashes.
         method_settings: flags that only one method gets, by method name.
         eval: flags of `swift-cl eval`, without dashes.
@@ -30,11 +37,11 @@ class RunConfig(BaseModel):
     name: str | None = None
     benchmark: str
     data_dir: str | None = None
-    order: str | None = None
+    order: str | list[str] | None = None
     method: str | list[str] = "seq"
     model: str
     output_dir: str
-    seed: int = 42
+    seed: int | list[int] = 42
     mode: Mode = "full_workflow"
     train: dict[str, Any] = {}
     method_settings: dict[str, dict[str, Any]] = {}
@@ -44,6 +51,30 @@ class RunConfig(BaseModel):
     def methods(self) -> list[str]:
         """The methods to run, one after the other."""
         return [self.method] if isinstance(self.method, str) else self.method
+
+    @property
+    def orders(self) -> list[str | None]:
+        """The orders to run; None for the benchmark's default."""
+        return list(self.order) if isinstance(self.order, list) else [self.order]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds to run."""
+        return self.seed if isinstance(self.seed, list) else [self.seed]
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the training rows are streamed (`train.streaming`)."""
+        return str(self.train.get("streaming", False)).lower() in TRUE
+
+    def singles(self) -> list["RunConfig"]:
+        """This configuration for each method, order and seed alone, in the order in which they run."""
+        return [
+            self.model_copy(update={"method": method, "order": order, "seed": seed})
+            for method in self.methods
+            for order in self.orders
+            for seed in self.seeds
+        ]
 
 
 def set_key(values: dict[str, Any], assignment: str) -> None:
@@ -90,7 +121,7 @@ def load_config(path: Path, assignments: list[str]) -> tuple[RunConfig, Benchmar
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise explain(path, error) from None
+        raise explain(path, error, RunConfig, values) from None
     base = path.parent.resolve()
     config.benchmark = str(catalogue.find(Path(config.benchmark).expanduser(), base).resolve())
     config.model = _relative_to(base, config.model)

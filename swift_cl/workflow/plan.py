@@ -8,7 +8,7 @@ from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.io import read_json
-from swift_cl.methods.registry import get_method
+from swift_cl.methods.registry import get_method, methods
 from swift_cl.stages import stage_dir_name
 from swift_cl.stream.benchmark import Benchmark, Task
 from swift_cl.training.flags import check_method_flags, flag_values
@@ -76,12 +76,11 @@ RESERVED = (
 
 
 def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
-    """One plan a method.
+    """One plan for each method, order and seed.
 
     Raises:
         UserError: unknown method, order or setting, or a missing model or data file.
     """
-    tasks = benchmark.order(config.order)
     groups = {"train": config.train}
     for method, values in config.method_settings.items():
         get_method(method)  # a misspelt name would be ignored otherwise
@@ -90,52 +89,80 @@ def make_plans(config: RunConfig, benchmark: Benchmark) -> list[RunPlan]:
         for key in values:
             if key.replace("-", "_") in RESERVED:
                 raise UserError(f"{group}.{key} cannot be set: the chain sets it from the benchmark and the run file")
-    if not config.methods or len(set(config.methods)) != len(config.methods):
-        raise UserError(f"method is {config.methods}, expected one name or several different ones")
+    for key, several in (("method", config.methods), ("order", config.orders), ("seed", config.seeds)):
+        if not several or len(set(several)) != len(several):
+            raise UserError(f"{key} is {several}, expected one or several different ones")
     check_model(config.model)
-    plans = []
-    for method in config.methods:
-        run_dir = Path(config.output_dir) / method
-        stages = []
-        for index, task in enumerate(tasks):
-            folder = run_dir / stage_dir_name(index, task.name)
-            values = {
-                "model": config.model,
-                "dataset": str(training_file(task, run_dir)),
-                "output_dir": str(folder),
-                "add_version": False,
-                "seed": config.seed,
-                "system": task.system,
-                "cl_method": method,
-                "cl_task": task.name,
-                "cl_resume": True,
-                "check_model": False,
-                "report_to": "none",
-                **config.train,
-                **config.method_settings.get(method, {}),
-            }
-            argv = flags(values)
-            check_method_flags(argv)
-            stages.append(StagePlan(task.name, str(folder), argv, task.system))
-        plans.append(
-            RunPlan(
-                config.name or f"{benchmark.name}_{method}",
-                str(run_dir),
-                config.benchmark,
-                config.data_dir,
-                method,
-                config.model,
-                [task.name for task in tasks],
-                config.seed,
-                stages,
-            )
-        )
-    return plans
+    if config.streaming:
+        check_streaming(config)
+    return [_plan(single, benchmark, run_folder_name(config, single)) for single in config.singles()]
 
 
-def training_file(task: Task, run_dir: Path) -> Path:
-    """The file that ms-swift reads: the task's own one, or the run's conversion of what ms-swift reads otherwise."""
-    return task.train if task.is_native else run_dir / "data" / f"{task.name}.train.jsonl"
+def check_streaming(config: RunConfig) -> None:
+    """Refuse to stream for a method that needs all rows, and without an end."""
+    able = [name for name, method in methods().items() if method.support.streaming]
+    for name in config.methods:
+        if name not in able:
+            raise UserError(f"train.streaming does not work with method {name!r}, allowed: {', '.join(able)}")
+    if not config.train.get("max_steps"):
+        raise UserError("train.streaming needs train.max_steps: the number of rows is not known")
+
+
+def run_folder_name(config: RunConfig, single: RunConfig) -> str:
+    """Folder of one run: its method; with several orders or seeds in one call also the run's own, `ewc-order1-seed7`.
+
+    Args:
+        config: the whole call.
+        single: the same with the run's one method, order and seed.
+    """
+    order = [str(single.order)] if len(config.orders) > 1 else []
+    seed = [f"seed{single.seed}"] if len(config.seeds) > 1 else []
+    return "-".join([str(single.method), *order, *seed])
+
+
+def _plan(config: RunConfig, benchmark: Benchmark, folder_name: str) -> RunPlan:
+    """The plan of one method, order and seed."""
+    method, (order,), (seed,) = str(config.method), config.orders, config.seeds
+    tasks, run_dir = benchmark.order(order), Path(config.output_dir) / folder_name
+    stages = []
+    for index, task in enumerate(tasks):
+        folder = run_dir / stage_dir_name(index, task.name)
+        values = {
+            "model": config.model,
+            "dataset": str(training_file(task, run_dir, config.streaming)),
+            "output_dir": str(folder),
+            "add_version": False,
+            "seed": seed,
+            "system": task.system,
+            "cl_method": method,
+            "cl_task": task.name,
+            "cl_resume": True,
+            "check_model": False,
+            "report_to": "none",
+            **config.train,
+            **config.method_settings.get(method, {}),
+        }
+        argv = flags(values)
+        check_method_flags(argv)
+        stages.append(StagePlan(task.name, str(folder), argv, task.system))
+    name = config.name or f"{benchmark.name}_{method}"
+    return RunPlan(
+        name + folder_name.removeprefix(method),
+        str(run_dir),
+        config.benchmark,
+        config.data_dir,
+        method,
+        config.model,
+        [task.name for task in tasks],
+        seed,
+        stages,
+    )
+
+
+def training_file(task: Task, run_dir: Path, streaming: bool = False) -> Path:
+    """The file that ms-swift reads: the task's own one (which must do for streaming), or the run's conversion of what
+    ms-swift reads otherwise."""
+    return task.train if streaming or task.is_native else run_dir / "data" / f"{task.name}.train.jsonl"
 
 
 def check_against_existing(plan: RunPlan) -> None:
@@ -173,7 +200,7 @@ def preview(plans: list[RunPlan], eval_argv: list[str] | None) -> str:
     """Every command, data set and path, as text that can be pasted into a shell."""
     lines = []
     for plan in plans:
-        lines.append(f"# {plan.method}: {' -> '.join(plan.order)} into {plan.run_dir}")
+        lines.append(f"# {plan.method}, seed {plan.seed}: {' -> '.join(plan.order)} into {plan.run_dir}")
         before: str | None = None
         for stage in plan.stages:
             argv = stage.argv + (["--cl_previous", before] if before else [])

@@ -9,18 +9,35 @@ from swift_cl.io import write_jsonl
 from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark
 from swift_cl.stream.disk import check_on_disk
+from swift_cl.stream.readers import needed_files
+from swift_cl.training.flags import flag_values
+from swift_cl.workflow import provenance
 from swift_cl.workflow.chain import record
 from swift_cl.workflow.config import RunConfig
 from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, flags, make_plans, training_file
 
 
 def check_rows(config: RunConfig, benchmark: Benchmark) -> None:
-    """Read every data file of the order; a missing one or a wrong row is a `UserError`."""
-    tasks = benchmark.order(config.order)
+    """Read every data file of the order (of a streamed one the head); a missing one or a wrong row is a `UserError`."""
+    tasks = {task.name: task for order in config.orders for task in benchmark.order(order)}.values()
     check_on_disk(benchmark, tasks)
     for task in tasks:
-        task.train_rows()
+        if config.streaming:
+            task.check_streamed()
+        else:
+            task.train_rows()
         task.test_rows()
+
+
+def check_train_flags(plans: list[RunPlan]) -> None:
+    """Refuse flags of the training that ms-swift does not know, as the training process itself will.
+
+    It imports ms-swift, which takes seconds: for the preview. A run meets the same check as its first act.
+    """
+    from swift_cl.training.arguments import check_known_flags
+
+    for name in dict.fromkeys(name for plan in plans for stage in plan.stages for name in flag_values(stage.argv)):
+        check_known_flags([name])
 
 
 def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[RunPlan]:
@@ -38,13 +55,16 @@ def prepare(config: RunConfig, benchmark: Benchmark, overwrite: bool) -> list[Ru
             check_against_existing(plan)
         elif folder.exists() and any(folder.iterdir()) and not (folder / PLAN_FILE).is_file():
             raise UserError(f"{folder}: --overwrite deletes only what `swift-cl run` made, and this has no {PLAN_FILE}")
-    for plan in plans:
+    for plan, single in zip(plans, config.singles(), strict=True):
+        folder, tasks = Path(plan.run_dir), [benchmark.tasks[name] for name in plan.order]
         if overwrite:
-            shutil.rmtree(plan.run_dir, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+        trained_on = [file for t in tasks for file in needed_files(t.train, t.file_format, t.train_options)]
+        provenance.save(folder, provenance.describe(single, benchmark, plan.order), trained_on)
         plan.save()
-        for task in benchmark.order(config.order):
-            file = training_file(task, Path(plan.run_dir))
-            if not task.is_native:
+        for task in tasks:
+            file = training_file(task, folder, config.streaming)
+            if file != task.train:
                 write_jsonl(file, [{"id": row.id, **row.as_training_row(None)} for row in task.train_rows()])
     return plans
 
@@ -68,9 +88,9 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
             os.environ.setdefault("LOG_LEVEL", "ERROR")
         code = launch("chain", [plan.run_dir for plan in plans])
         if code != 0:
+            stopped = next(s for plan in missing for s in plan.stages if not (Path(s.dir) / STAGE_FILE).is_file())
             raise RunFailure(
-                f"training ended with exit code {code}; its output is above, and finished stages are kept: "
-                "the same command continues"
+                f"training ended with exit code {code} in {stopped.dir}; its output is above, finished stages are kept"
             )
     for plan in plans:
         stages = [load_stage(Path(stage.dir)) for stage in plan.stages]

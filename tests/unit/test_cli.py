@@ -120,7 +120,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("argv", "said"),
         [
-            (["run"], "run: the following arguments are required: CONFIG"),
+            (["run"], "run: needs CONFIG (a run file), --from RUN_DIR, or"),
             (["ls", "method"], "ls: argument kind: invalid choice: 'method'"),
             (["run", "x.yaml", "--mode", "train"], "run: argument --mode: invalid choice: 'train'"),
             (["eval", "x", "--test_limit", "0"], "eval: argument --test_limit: 0 is not a positive number"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from swift_cl.stream import catalogue
-from swift_cl.stream.benchmark import BenchmarkModel, _TaskModel, load_benchmark
+from swift_cl.stream.benchmark import BenchmarkModel, TaskModel, load_benchmark
 from swift_cl.stream.readers import _reader, formats
 from tests.conftest import ROOT
 
@@ -34,7 +34,7 @@ def test_every_setting_is_named(name: str) -> None:
 
 
 def test_every_key_of_a_benchmark_is_named() -> None:
-    keys = {*BenchmarkModel.model_fields, *_TaskModel.model_fields}
+    keys = {*BenchmarkModel.model_fields, *TaskModel.model_fields}
     assert [key for key in keys if f"`{key}`" not in PAGE] == []
 
 
