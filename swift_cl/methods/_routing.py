@@ -8,12 +8,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from swift_cl.io import MethodState
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Message = Mapping[str, str]
 
@@ -101,9 +98,6 @@ class RouteContext(Protocol):
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a prompt: the template with the generation prompt, without an answer."""
-
-    def pad(self, rows: Sequence[Sequence[int]]) -> "tuple[Tensor, Tensor]":
-        """(ids, mask) [rows, longest] on the device, padded on the right."""
 
     def model_with(self, folder: Path | None) -> "AbstractContextManager[Any]":
         """The model in eval mode with the adapter of a folder alone, or, for None, the untouched base model."""

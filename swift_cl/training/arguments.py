@@ -13,7 +13,8 @@ from swift_cl.methods.base import Method, MethodConfig, flags_of
 from swift_cl.methods.registry import methods
 from swift_cl.stages import Stage
 from swift_cl.training.checkpoints import resumable_checkpoint
-from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
+from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, config_from_flags, first, flag_values
+from swift_cl.training.loss_scale import register_loss_scale
 from swift_cl.training.preflight import check_data, check_model, is_streaming, load_previous, start_of_stage
 from swift_cl.training.trainer import TRAINERS
 
@@ -80,6 +81,7 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     if method is not None:
         check_data(given.get("dataset", []), is_streaming(given))
         previous = load_previous(first(given, "cl_previous"))
+        argv += required(method, given)
         adapter, start_model = start_of_stage(given, previous, method)
         if adapter is not None and "adapters" not in given:
             argv += ["--adapters", adapter]
@@ -92,6 +94,25 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     if method is not None:
         check_support(args, method(method_config(args, method)))
     return args, previous
+
+
+def required(method: type[Method], given: dict[str, list[str]]) -> list[str]:
+    """ms-swift flags that the method's configuration needs and that are not given.
+
+    Raises:
+        UserError: one is given with another value.
+    """
+    added = []
+    for flag, value in method(config_from_flags(method, given)).required_flags().items():
+        if flag not in given:
+            added += [f"--{flag}", value]
+        elif [text.lower() for text in given[flag]] != [value.lower()]:
+            raise UserError(
+                f"--{flag} is {' '.join(given[flag])}, but method '{method.name}' with its settings needs {value}"
+            )
+        if flag == "loss_scale":
+            register_loss_scale(value)
+    return added
 
 
 def zero_stage(args: Any) -> int | None:

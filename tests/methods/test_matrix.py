@@ -13,7 +13,7 @@ from swift_cl.errors import UserError
 from swift_cl.io import load_method_state, sha256_tensors
 from swift_cl.methods.registry import methods
 from swift_cl.stages import load_stage
-from tests.support.train import TASKS, adapter, assert_equal_up_to_rounding, contradicting_rows, train_stage
+from tests.support.train import AS_SEQ, TASKS, adapter, assert_equal_up_to_rounding, contradicting_rows, train_stage
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
@@ -64,7 +64,9 @@ def test_two_tasks_chain(work: Path, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_first_task_equals_seq(work: Path, method: str) -> None:
     """Without an earlier task every method is plain LoRA, bit for bit."""
-    assert_same_tensors(two_stages(work, method)[0], two_stages(work, "seq")[0])
+    plain = AS_SEQ.get(method, {})
+    label = f"as {method}" if plain else "reference"
+    assert_same_tensors(two_stages(work, method)[0], two_stages(work, "seq", label, **plain)[0])
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "seq"])

@@ -74,6 +74,7 @@ class FakeContext:
         self.notices: list[str] = []
         self.records: dict[str, Any] = {}
         self.rows: list[TrainingRow] = []
+        self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -96,6 +97,9 @@ class FakeContext:
 
     def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
         return [dict(row) for row in rows]
+
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        raise NotImplementedError
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return {key: torch.stack([torch.as_tensor(row[key]) for row in encoded]) for key in encoded[0]}

@@ -37,6 +37,9 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "gem": {"gem_mem_batch": 4},
 }
 
+# Settings of seq under which it trains on what a method trains on: its first task is plain fine-tuning of all tokens.
+AS_SEQ: dict[str, dict[str, Any]] = {"adapter_cl": {"loss_scale": "all"}}
+
 
 def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
     """Flags of one small stage; `changes` win, None leaves a flag out."""

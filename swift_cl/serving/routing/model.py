@@ -1,13 +1,12 @@
 """The model that routes: base and adapters in this process, and the `RouteContext` of a stage on top of it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState, load_method_state
@@ -19,32 +18,30 @@ from swift_cl.stages import STATE_DIR
 
 
 class RouteModel:
-    """A base model with adapters that are loaded when they are first needed, each content once.
+    """A base model with adapters, all loaded when they are first needed (a router of texts needs none), each once.
 
     Args:
-        model: a transformers model, or a PeftModel that has the adapters `loaded` already.
-        template: ms-swift's, in a mode of inference.
+        make: gives a transformers model (or a PeftModel that has the adapters `loaded` already) and ms-swift's template
+            in a mode of inference.
         loaded: adapter name by hash of its weights file.
     """
 
-    def __init__(self, model: Any, template: Any, loaded: Mapping[str, str] | None = None) -> None:
-        self.model, self.template = model, template
+    def __init__(self, make: Callable[[], tuple[Any, Any]], loaded: Mapping[str, str] | None = None) -> None:
+        self._make = make
+        self._model: Any = None
+        self._template: Any = None
         self.cache: dict[Any, Any] = {}
         self._loaded = dict(loaded or {})
 
-    @classmethod
-    def load(cls, model: str, model_args: Mapping[str, str]) -> "RouteModel":
-        """Load a base model as a server would."""
-        from swift.model import get_model_processor
-        from swift.template import get_template
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model, self._template = self._make()
+        return self._model
 
-        dtype = model_args.get("torch_dtype")
-        loaded, processor = get_model_processor(
-            model,
-            model_type=model_args.get("model_type"),
-            torch_dtype=getattr(torch, dtype) if dtype else None,
-        )
-        return cls(loaded.eval(), get_template(processor, template_type=model_args.get("template")))
+    @property
+    def template(self) -> Any:
+        return self._template if self.model is not None else None
 
     @property
     def device(self) -> Any:
@@ -52,16 +49,6 @@ class RouteModel:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         return list(self.template.encode({"messages": [dict(message) for message in messages]})["input_ids"])
-
-    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(ids, mask), padded on the right."""
-        longest = max(map(len, rows))
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row)
-            mask[number, : len(row)] = 1
-        return ids.to(self.device), mask.to(self.device)
 
     @contextmanager
     def model_with(self, folder: Path | None) -> Iterator[Any]:
@@ -79,10 +66,24 @@ class RouteModel:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
             else:
-                self.model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name, is_trainable=False)
+                self._model = PeftModel.from_pretrained(self.model, str(folder), adapter_name=name, is_trainable=False)
             self.model.eval()
             self._loaded[digest] = name
         return self._loaded[digest]
+
+
+def load_base(model: str, model_args: Mapping[str, str]) -> tuple[Any, Any]:
+    """A base model and its template, as a server would load them."""
+    from swift.model import get_model_processor
+    from swift.template import get_template
+
+    dtype = model_args.get("torch_dtype")
+    loaded, processor = get_model_processor(
+        model,
+        model_type=model_args.get("model_type"),
+        torch_dtype=getattr(torch, dtype) if dtype else None,
+    )
+    return loaded.eval(), get_template(processor, template_type=model_args.get("template"))
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,6 @@ class StageRouter:
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         return self.on.encode(messages)
-
-    def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        return self.on.pad(rows)
 
     def model_with(self, folder: Path | None) -> Any:
         return self.on.model_with(folder)

@@ -15,7 +15,7 @@ from typing import Any
 from swift_cl.errors import UserError
 from swift_cl.methods._routing import Candidate, RouteRequest
 from swift_cl.serving.routing import ERROR, FD
-from swift_cl.serving.routing.model import RouteModel, StageRouter, make_method
+from swift_cl.serving.routing.model import RouteModel, StageRouter, load_base, make_method
 
 AT_ONCE = 64
 """Questions after which choices are handed over, so that a stopped run goes on from there."""
@@ -26,7 +26,7 @@ def main(path: Path) -> None:
     work = json.loads(path.read_text(encoding="utf-8"))
     with os.fdopen(int(os.environ[FD]), "w", encoding="utf-8") as out:
         try:
-            model = RouteModel.load(work["model"], work["model_args"])
+            model = RouteModel(lambda: load_base(work["model"], work["model_args"]))
             for job in work["jobs"]:
                 _route(job, model, out)
         except UserError as error:
