@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
+from swift_cl.settings import Settings, flags_of_settings
+from swift_cl.settings import setting as setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,12 +44,14 @@ class Support:
 
     Attributes:
         tuners: values of `--tuner_type`.
+        any_tuner: whether it works with every other tuner of `swift-cl ls tuners` too (it sees data only).
         deepspeed: ZeRO stages.
         zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
         packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
     """
 
     tuners: tuple[str, ...] = ("lora", "full")
+    any_tuner: bool = False
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
     full_deepspeed: tuple[int, ...] = (0, 1, 2, 3)
     zero0_low_precision: bool = True
@@ -60,27 +63,8 @@ class Support:
 
 
 @dataclass
-class MethodConfig:
-    """Base of the config dataclasses. Field `x` of method `m` is the flag `--m_x`; the help text is in its metadata.
-
-    A name that Python reserves takes a trailing underscore that the flag does not have: `lambda_` is `--m_lambda`.
-    `validate` checks ranges; it runs before anything is loaded.
-    """
-
-    def validate(self) -> None:
-        """Raise `UserError` through `fail` for a value out of range."""
-
-    def fail(self, method: str, name: str, allowed: str) -> None:
-        """Refuse the value of a field."""
-        raise UserError(f"--{method}_{name.rstrip('_')} is {getattr(self, name)!r}, allowed: {allowed}")
-
-
-def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A config field with its help text (the one source for `--help` and for the method's page)."""
-    metadata: dict[str, Any] = {"help": help}
-    if choices is not None:
-        metadata["choices"] = tuple(choices)
-    return dataclasses.field(default=default, metadata=metadata)
+class MethodConfig(Settings):
+    """Base of the methods' config dataclasses; see `Settings`."""
 
 
 class Gradients(Protocol):
@@ -330,5 +314,4 @@ class Method:
 
 def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(flag name without dashes, config field) of a method."""
-    for field in dataclasses.fields(method.config_class):
-        yield f"{method.name}_{field.name.rstrip('_')}", field
+    return flags_of_settings(method.name, method.config_class)

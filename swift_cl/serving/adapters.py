@@ -13,7 +13,9 @@ from swift_cl.errors import UserError
 from swift_cl.io import read_json, sha256_file, sha256_json
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage
 
-LORA_KEYS = (("lora_A", 1), ("lora_B", 0))
+LORA_KEYS = (("lora_A", 1), ("lora_B", 0), ("moelora_A", 1), ("moelora_B", 0))
+NO_EFFECT = (".lora_B.", ".moelora_B.")
+"""Tensors that are all zero before the first step."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,11 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def is_all_zero(adapter: Adapter) -> bool:
-    """Whether an adapter changes nothing: every lora_B is zero, as before its first step."""
+    """Whether an adapter changes nothing: every B is zero, as before its first step."""
     from safetensors import safe_open
 
     with safe_open(adapter.path / WEIGHTS, framework="np") as file:
-        names = [name for name in list(file.keys()) if ".lora_B." in name]
+        names = [name for name in list(file.keys()) if any(part in name for part in NO_EFFECT)]
         return bool(names) and all(not file.get_tensor(name).any() for name in names)
 
 

@@ -26,6 +26,7 @@ from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
 from swift_cl.training.trainer import TRAINERS
+from swift_cl.tuners.registry import tuners
 
 logger = get_logger()
 
@@ -57,6 +58,7 @@ class CLSft(SwiftSft):
         self._shared = shared
         args, self._previous = parse_stage_arguments(argv)
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
+        self._tuner = tuners().get(args.tuner_type)
         self._started = time.time()
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
@@ -146,7 +148,8 @@ class CLSft(SwiftSft):
 
         assert self._previous is not None
         folder = self._previous.weights_dir
-        live = {parameter_name(name): tensor for name, tensor in _named_as_saved(model).items()}
+        named = self._tuner.live_tensors(model) if self._tuner else _named_as_saved(model)
+        live = {parameter_name(name): tensor for name, tensor in named.items()}
         compared = 0
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
@@ -272,7 +275,7 @@ class CLSft(SwiftSft):
         model = self.trainer.model
         if not isinstance(model, PeftModel) or self.args.deepspeed:
             return None
-        return model.unload(), self.processor
+        return (self._tuner.base_of(model) if self._tuner else model.unload()), self.processor
 
 
 def _named_as_saved(model: Any) -> dict[str, Any]:

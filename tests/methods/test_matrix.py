@@ -13,10 +13,25 @@ from swift_cl.errors import UserError
 from swift_cl.io import load_method_state, sha256_tensors
 from swift_cl.methods.registry import methods
 from swift_cl.stages import load_stage
-from tests.support.train import AS_SEQ, TASKS, adapter, assert_equal_up_to_rounding, contradicting_rows, train_stage
+from tests.support.train import (
+    METHOD_FLAGS,
+    TASKS,
+    adapter,
+    assert_equal_up_to_rounding,
+    contradicting_rows,
+    train_stage,
+)
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
+PLAIN = ("seq", "moe_lora")
+"""Fine-tuning and nothing else, the second with a tuner of its own."""
+
+
+def own_flags(method: str) -> dict[str, str]:
+    """The ms-swift flags that a method needs: its tuner, the tokens that it learns."""
+    found = methods()[method]
+    return dict(found(found.config_class()).required_flags())
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +78,14 @@ def test_two_tasks_chain(work: Path, method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_first_task_equals_seq(work: Path, method: str) -> None:
-    """Without an earlier task every method is plain LoRA, bit for bit."""
-    plain = AS_SEQ.get(method, {})
-    label = f"as {method}" if plain else "reference"
-    assert_same_tensors(two_stages(work, method)[0], two_stages(work, "seq", label, **plain)[0])
+    """Without an earlier task every method is plain fine-tuning with the flags that it needs, bit for bit."""
+    needed = own_flags(method)
+    settings = METHOD_FLAGS.get(method, {}) if "tuner_type" in needed else {}
+    label = f"as {method}" if needed else "reference"
+    assert_same_tensors(two_stages(work, method)[0], two_stages(work, "seq", label, **needed, **settings)[0])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "seq"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in PLAIN])
 def test_second_task_differs_from_seq(tmp_path: Path, method: str) -> None:
     """A method that changes nothing on the second task would be a name without an effect.
 

@@ -35,10 +35,8 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "ewc": {"ewc_fisher_samples": 8},
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
+    "moe_lora": {"moe_lora_num_experts": 2},
 }
-
-# Settings of seq under which it trains on what a method trains on: its first task is plain fine-tuning of all tokens.
-AS_SEQ: dict[str, dict[str, Any]] = {"adapter_cl": {"loss_scale": "all"}}
 
 
 def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
@@ -67,7 +65,9 @@ def train_stage(method: str, task: str, output_dir: Path, previous: Path | None 
     """Train one stage here; returns the finished `CLSft`."""
     os.environ.setdefault("LOG_LEVEL", "ERROR")
     from swift_cl.training.sft import CLSft
+    from swift_cl.tuners import register_tuners
 
+    register_tuners()
     sft = CLSft(stage_argv(method, task, output_dir, previous, **changes))
     sft.main()
     return sft

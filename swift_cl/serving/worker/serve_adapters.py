@@ -1,7 +1,8 @@
 """The server process: ms-swift's deploy pipeline with adapters that can be batched.
 
-Run by file path in any environment that has ms-swift 4.6, so it imports nothing of swift_cl. Flags: those of
-`swift deploy`. Differences (the last two are the transformers backend's):
+Run by file path in any environment that has ms-swift 4.6, so it imports nothing of swift_cl, except the tuners whose
+adapters PEFT does not know, with SWIFT_CL_TUNERS set. Flags: those of `swift deploy`. Differences (the last two are the
+transformers backend's):
 
 - It ends when the process that started it is gone, even by SIGKILL, and takes its children with it.
 - All adapters are loaded at start, so that one that does not fit stops the server at once and not at a request.
@@ -72,6 +73,10 @@ class AdapterDeploy(SwiftDeploy):
     infer_engine: Any
 
     def __init__(self, args: Any = None) -> None:
+        if os.environ.get("SWIFT_CL_TUNERS"):
+            from swift_cl.tuners import register_tuners
+
+            register_tuners()
         super().__init__(args)
         if self.args.infer_backend == "transformers":
             mapping = self.args.adapter_mapping
