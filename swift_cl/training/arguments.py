@@ -12,7 +12,7 @@ from swift_cl.methods.base import Method, MethodConfig, flags_of
 from swift_cl.methods.registry import methods
 from swift_cl.stages import Stage
 from swift_cl.training.checkpoints import resumable_checkpoint
-from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
+from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values, required_by_method
 from swift_cl.training.preflight import check_data, check_model, load_previous, start_of_stage
 from swift_cl.training.trainer import TRAINERS
 
@@ -72,6 +72,8 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
             argv += ["--adapters", adapter]
         if start_model is not None:
             argv += ["--model", start_model]
+        for flag, value in required_by_method(method, given).items():
+            argv += [f"--{flag}", value]
     known = arguments_class()
     unknown = [
         name for name in given if name not in {f.name for f in dataclasses.fields(known) if f.init} and name != "help"

@@ -113,6 +113,20 @@ def config_from_flags(method: type[Method], given: dict[str, list[str]]) -> Meth
     return config
 
 
+def required_by_method(method: type[Method], given: dict[str, list[str]]) -> dict[str, str]:
+    """ms-swift flags that the method's settings need and that are not given; one given otherwise is refused."""
+    missing = {}
+    for flag, value in method(config_from_flags(method, given)).required_flags().items():
+        if flag not in given:
+            missing[flag] = value
+        elif [text.lower() for text in given[flag]] != [value]:
+            raise UserError(
+                f"--{flag} is {' '.join(given[flag]) or 'empty'}, but method '{method.name}' with these settings needs "
+                f"--{flag} {value}"
+            )
+    return missing
+
+
 def check_choices(method: type[Method], config: MethodConfig) -> None:
     """Refuse a value outside a field's choices."""
     for flag, field in flags_of(method):
