@@ -62,6 +62,16 @@ def activate(model: Any, *names: str) -> None:
         layer._active_adapter = list(names)
 
 
+def frozen_parameters(model: Any, adapter: str) -> dict[str, Any]:
+    """The parameters of an extra adapter by the names of their trained twins."""
+    mark = f".{adapter}."
+    return {
+        name.removeprefix("base_model.model.").replace(mark, "."): parameter
+        for name, parameter in model.named_parameters()
+        if mark in name
+    }
+
+
 class AdapterSwitch:
     """Makes other adapters active for one forward; trained and frozen stay what they were.
 

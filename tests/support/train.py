@@ -36,6 +36,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
     "moe_lora": {"moe_lora_num_experts": 2},
+    "i_lora": {"i_lora_lambda": 0.9},
 }
 
 

@@ -10,6 +10,7 @@ transformers backend's):
   adapter only, so switching the active adapter before a batch gives the same answers, at full batch size.
 """
 
+import os
 import time
 from contextlib import nullcontext
 from typing import Any
