@@ -370,10 +370,10 @@ def test_images_go_through_the_slow_forward_whole() -> None:
 
 
 def test_a_padding_free_collator_is_switched_off() -> None:
-    from swift_cl.training.flags import required_by_method
+    from swift_cl.training.flags import complete_flags
 
-    given = {"cl_method": ["i_lora"]}
-    assert required_by_method(ILora, given) == {"padding_free": "false"}
-    assert required_by_method(ILora, {**given, "padding_free": ["False"]}) == {}
-    with pytest.raises(UserError, match="--padding_free is true, but method 'i_lora' with these settings needs"):
-        required_by_method(ILora, {**given, "padding_free": ["true"]})
+    given = ["--cl_method", "i_lora"]
+    assert complete_flags(given) == [*given, "--padding_free", "false"]
+    assert complete_flags([*given, "--padding_free", "False"]) == [*given, "--padding_free", "False"]
+    with pytest.raises(UserError, match="--padding_free true does not work with method 'i_lora', which needs false"):
+        complete_flags([*given, "--padding_free", "true"])
