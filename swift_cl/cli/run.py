@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(schema(args.schema), ensure_ascii=False, indent=2))
         return 0
     from swift_cl.cli.main import build_parser
-    from swift_cl.workflow.plan import make_plans, preview
+    from swift_cl.workflow.plan import make_plans
+    from swift_cl.workflow.preview import preview
     from swift_cl.workflow.provenance import noted
     from swift_cl.workflow.run import check_rows, check_train_flags, eval_argv, prepare
 
@@ -76,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     evaluation = parser.parse_args(["eval", *eval_argv(config, plans)])
     if args.preview:
         check_train_flags(plans)
-        check_rows(config, benchmark)
-        print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None))
+        counts = check_rows(config, benchmark)
+        print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None, counts))
         return 0
     if config.mode != "eval_only":
         plans = prepare(config, benchmark, args.overwrite)
