@@ -3,6 +3,7 @@
 RUN_DIR/run.json                      benchmark, order, method, model, seed
 RUN_DIR/stage_1_2022/adapter/         what the next stage starts from and what is served
 RUN_DIR/stage_1_2022/cl_state/        the method's own state
+RUN_DIR/stage_1_2022/cl_data/         the rows that it was trained on, and what was generated for them
 RUN_DIR/stage_1_2022/stage.json       written last: its presence means that the stage is complete
 """
 
@@ -19,6 +20,7 @@ RUN_SCHEMA = 1
 STAGE_FILE = "stage.json"
 RUN_FILE = "run.json"
 STATE_DIR = "cl_state"
+DATA_DIR = "cl_data"
 ADAPTER_DIR = "adapter"
 WEIGHTS = "adapter_model.safetensors"
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
 from swift_cl.settings import Settings, flags_of_settings
@@ -117,6 +118,7 @@ class TaskContext(Protocol):
         micro_batch: rows per device and forward in training; a method's own forwards take no more.
         global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
         is_logging_step: whether values logged now will be shown.
+        channels: in `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
     """
 
     @property
@@ -149,6 +151,8 @@ class TaskContext(Protocol):
     def global_batch(self) -> int: ...
     @property
     def is_logging_step(self) -> bool: ...
+    @property
+    def channels(self) -> Sequence[str | None] | None: ...
 
     @property
     def task_index(self) -> int:
@@ -171,6 +175,18 @@ class TaskContext(Protocol):
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
+
+    def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:
+        """Generation, in `prepare_task` only: the base model with an earlier stage's weights, None for it alone.
+
+        Args:
+            weights: `weights_dir` of an earlier task.
+            backend: one of `swift_cl.generation.engine.BACKENDS`.
+        """
+
+    @property
+    def generated_dir(self) -> Path:
+        """Folder for the files of this stage's generation; a resumed stage finds them there again."""
 
     def statistics_mode(self) -> AbstractContextManager[None]:
         """Dropout off, checkpointing in the form that `torch.autograd.grad` allows, under the Trainer's autocast."""
@@ -216,6 +232,7 @@ class Method:
         support: what it supports.
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
+        replaces_loss: what `loss` returns is the whole loss of the micro-batch, not a term to add.
         starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
             of the stage before.
     """
@@ -227,6 +244,7 @@ class Method:
     support: ClassVar[Support] = Support()
     needs_rows: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = False
     starts_fresh: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:

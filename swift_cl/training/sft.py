@@ -17,10 +17,11 @@ from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, write_json, write_jsonl
 from swift_cl.methods.registry import get_method
-from swift_cl.stages import ADAPTER_DIR, WEIGHTS, Stage
+from swift_cl.stages import ADAPTER_DIR, DATA_DIR, WEIGHTS, Stage
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
+from swift_cl.training.engines import open_engine
 from swift_cl.training.flags import flag_values
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
@@ -29,8 +30,6 @@ from swift_cl.training.trainer import TRAINERS
 from swift_cl.tuners.registry import tuners
 
 logger = get_logger()
-
-DATA_DIR = "cl_data"
 
 
 @contextmanager
@@ -64,6 +63,7 @@ class CLSft(SwiftSft):
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
         self.session.template = self.template
+        self.session.open_engine = self._open_engine
         self.session.micro_batch = args.per_device_train_batch_size
         self.session.global_batch = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.launched_processes()
@@ -78,6 +78,10 @@ class CLSft(SwiftSft):
         else:
             self.model, self.processor = self._shared
             self._prepare_generation_config()
+
+    def _open_engine(self, weights: Path | None, backend: str) -> Any:
+        base = self._base_model(Path(self.args.model))
+        return open_engine(self.args, self.model, self.processor, base, weights, backend)
 
     # --- data --------------------------------------------------------------------------------------------------------
 

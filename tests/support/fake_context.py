@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swift_cl.io import MethodState
 from swift_cl.methods.base import EarlierTask, TrainingRow
+from tests.support.fake_engine import Engines
 
 
 class FakeGradients:
@@ -75,6 +76,13 @@ class FakeContext:
         self.records: dict[str, Any] = {}
         self.rows: list[TrainingRow] = []
         self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
+        self.channels: list[str | None] | None = None
+        self.engines: Engines | None = None
+        self.generated_dir = folder / "generated"
+
+    def engine(self, weights: Path | None, backend: str) -> Any:
+        assert self.engines is not None
+        return self.engines(weights, backend)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
