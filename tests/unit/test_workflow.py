@@ -482,7 +482,7 @@ def test_preview_counts_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_preview_of_a_run_says_rows_steps_and_questions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_config(folder)
+    write_config(folder, train={"num_train_epochs": 2})
     with pytest.raises(SystemExit):
         main(["run", str(folder / "run.yaml"), "--preview"])
     out = capsys.readouterr().out
