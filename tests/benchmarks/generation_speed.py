@@ -3,11 +3,10 @@
     python tests/benchmarks/generation_speed.py [--candidates 1140] [--batch 64] [--rounds 2] [--model DIR] [--check]
 
 Both sides load nothing and continue the same prompts with the same engine: alone, its `infer` gets them in the order
-in which they come, `--batch` at a time; the synthesis makes the prompts, sorts, draws, reads, screens and writes all that a
-stage writes. Sides take turns; each counts with its fastest turn. The ratio is the synthesis's tokens per second
-over the engine's; the bound of the design is 0.8; with --check the exit code is 1 below it.
-
-The model need not follow the prompts for this: every candidate has `--tokens` tokens, whatever they say.
+in which they come, `--batch` at a time; the synthesis makes the prompts, sorts, draws, reads, screens and writes all
+that a stage writes. Sides take turns; each counts with its fastest turn. The ratio is the synthesis's tokens per
+second over the engine's; the bound of the design is 0.8; with --check the exit code is 1 below it. The model need not
+follow the prompts for this: every candidate has `--tokens` tokens, whatever they say.
 """
 
 import argparse
