@@ -14,7 +14,7 @@ from swift_cl.cli.exits import guarded
 CONCURRENCY, OFFLINE_CONCURRENCY = 16, 256
 
 if TYPE_CHECKING:
-    from swift_cl.evaluation.grid import EvalOptions
+    from swift_cl.evaluation.grid import EvalOptions, Evaluation
 
 
 def _truth(text: str) -> bool:
@@ -91,6 +91,10 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
         help="settings of scorers, such as numeric_match.tolerance=0.01; they win over the benchmark's scorer_options",
     )
     group.add_argument("--output", metavar="DIR", help="folder of the report that covers all runs")
+    group.add_argument(
+        "--report_to", metavar="NAME", nargs="+", default=[], help="log scores and metrics, one step a stage, to "
+        "tensorboard, wandb, swanlab (run folder, trackers/)"
+    )  # fmt: skip
     group.add_argument(
         "--no_report", **_SWITCH, help="print the tables, write results.json, but no report and no plots"
     )
@@ -257,11 +261,23 @@ def run(args: argparse.Namespace) -> int:
     """Ask and score; 1 if more answers are missing than allowed."""
     from swift_cl.evaluation.budget import parse_budget
     from swift_cl.evaluation.grid import evaluate
+    from swift_cl.evaluation.trackers import check_trackers
 
     budget = parse_budget(args.fail_on_error)
+    check_trackers(args.report_to)
     evaluation = evaluate([Path(d) for d in args.run_dirs], options_from(args), _notify)
+    log_results(args, evaluation)
     show(args)
     return 0 if evaluation.passes(budget) else 1
+
+
+def log_results(args: argparse.Namespace, evaluation: "Evaluation") -> None:
+    """Hand each run's results to the trackers."""
+    from swift_cl.evaluation.trackers import track
+
+    folders = dict.fromkeys(Path(d).resolve() for d in args.run_dirs)  # as `load_grids` reads them: each once
+    for folder, results in zip(folders, evaluation.results, strict=True):
+        track(results, folder, args.report_to)
 
 
 def main_ask(argv: list[str] | None = None) -> int:
@@ -332,10 +348,13 @@ def run_score(args: argparse.Namespace) -> int:
     """Only score what is stored (`evaluation/sim.py`); 1 if more answers are missing than allowed."""
     from swift_cl.evaluation.budget import parse_budget
     from swift_cl.evaluation.grid import prepare, score
+    from swift_cl.evaluation.trackers import check_trackers
 
     options, budget = options_from(args), parse_budget(args.fail_on_error)
+    check_trackers(args.report_to)
     grids, scorers = prepare([Path(d) for d in args.run_dirs], options)
     evaluation = score(grids, scorers, options)
+    log_results(args, evaluation)
     show(args)
     return 0 if evaluation.passes(budget) else 1
 

@@ -29,6 +29,7 @@ class Dialogue:
         base: identity of the weights below the adapter; the same as `weights` where there is none.
         system: system prompt, None to send none.
         stores: where its answers go; several when runs share the model and the question.
+        task: the task of the question, for tasks with settings of their own.
     """
 
     served: str
@@ -37,6 +38,7 @@ class Dialogue:
     system: str | None
     row: Row
     stores: tuple[AnswerStore, ...]
+    task: str = ""
 
 
 @dataclass
@@ -62,7 +64,7 @@ def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], s
     messages, found = opening(dialogue), []
     for turn, (question, reference) in enumerate(dialogue.row.turns):
         messages.append({"role": "user", "content": question})
-        found.append(settings.key(dialogue.base, dialogue.weights, messages))
+        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task))
         answer = answers(turn, found[-1])
         if answer is None and settings.history == "own":
             break
@@ -197,7 +199,7 @@ class Asker:
         lost: str | None = None
         for turn, (question, reference) in enumerate(dialogue.row.turns):
             messages.append({"role": "user", "content": question})
-            key = self.settings.key(dialogue.base, dialogue.weights, messages)
+            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task)
             answer = _row(dialogue, turn, question, reference, key)
             stored = _find(dialogue, turn, key)
             if lost is not None:
@@ -222,7 +224,7 @@ class Asker:
 
     def _reply(self, dialogue: Dialogue, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
         try:
-            reply = self.endpoint.ask(dialogue.served, messages, self.settings.generation)
+            reply = self.endpoint.ask(dialogue.served, messages, self.settings.of(dialogue.task))
         except QuestionFailed as failure:
             self.endpoint.check_alive()
             self._count_loss(failure)

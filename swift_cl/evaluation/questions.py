@@ -1,6 +1,7 @@
 """From grids to dialogues: which question goes to which model, with which system prompt, and where its answer goes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from swift_cl.evaluation.ask import Dialogue, keys, opening
@@ -49,10 +50,10 @@ def dialogues(
             for row in rows:
                 system = system_prompt(policy, target, task, row)
                 key = sha256_json([target.weights, task.name, system, row.id, row.content_hash])
-                found = Dialogue(served(target), target.weights, base, system, row, ())
+                found = Dialogue(served(target), target.weights, base, system, row, (), task.name)
                 merged.setdefault(key, (found, []))[1].append(store)
     ordered = sorted(merged.values(), key=lambda item: item[0].served)
-    return [Dialogue(d.served, d.weights, d.base, d.system, d.row, tuple(dict.fromkeys(own))) for d, own in ordered]
+    return [replace(dialogue, stores=tuple(dict.fromkeys(own))) for dialogue, own in ordered]
 
 
 def wanted_keys(
@@ -71,7 +72,8 @@ def wanted_keys(
             latest = store.latest(row.id, turn)
             return None if latest is None or latest["key"] != key else latest.get("answer")
 
-        dialogue = Dialogue("", target.weights, below, system_prompt(settings.system, target, task, row), row, ())
+        system = system_prompt(settings.system, target, task, row)
+        dialogue = Dialogue("", target.weights, below, system, row, (), task.name)
         wanted.update({(row.id, turn): key for turn, key in enumerate(keys(dialogue, settings, answered))})
     return wanted
 
