@@ -81,6 +81,22 @@ def is_partitioned(tensor: "Tensor") -> bool:
     return hasattr(tensor, "ds_shape")
 
 
+def copy_into(parameter: "nn.Parameter", value: "Tensor") -> None:
+    """Write a full value into a parameter that is not trained, in its own dtype; every rank must call it.
+
+    Only for those: an optimizer's fp32 master of a trained one would stay what it was.
+    """
+    with torch.no_grad():
+        if not is_partitioned(parameter):
+            parameter.copy_(value)
+            return
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0):
+            if world()[0] == 0:
+                parameter.copy_(value)
+
+
 def _full_size(parameter: "nn.Parameter") -> int:
     return _full_shape(parameter).numel()
 

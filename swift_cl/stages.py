@@ -3,6 +3,7 @@
 RUN_DIR/run.json                      benchmark, order, method, model, seed
 RUN_DIR/stage_1_2022/adapter/         what the next stage starts from and what is served
 RUN_DIR/stage_1_2022/cl_state/        the method's own state
+RUN_DIR/stage_1_2022/cl_data/         the rows that it was trained on, and what was generated for them
 RUN_DIR/stage_1_2022/stage.json       written last: its presence means that the stage is complete
 """
 
@@ -19,6 +20,7 @@ RUN_SCHEMA = 1
 STAGE_FILE = "stage.json"
 RUN_FILE = "run.json"
 STATE_DIR = "cl_state"
+DATA_DIR = "cl_data"
 ADAPTER_DIR = "adapter"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -36,6 +38,9 @@ class Stage:
         model_args: model_type, template, torch_dtype: what a server needs to load the base the same way.
         system: the system prompt of the stage, None for the template's default.
         started_from: `{"dir", "weights_sha256"}` of the stage before, or None.
+        route: how its answers are chosen among several adapters, None where it answers with its own: `task_id_given`,
+            `settings` of the method, `state_sha256` of its state, and `candidates`, each with `name`, `tasks`, `dir`
+            (relative), `sha256` and `system`.
         probe: `{"messages", "logprobs"}`: what it answered right after training, None where that was not recorded.
     """
 
@@ -53,6 +58,7 @@ class Stage:
     started_from: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] | None = None
+    route: dict[str, Any] | None = None
 
     @property
     def weights_dir(self) -> Path:

@@ -27,12 +27,13 @@ def add_parser(subparsers: Any) -> None:
 def _methods() -> list[dict[str, Any]]:
     from swift_cl.methods.base import flags_of
     from swift_cl.methods.registry import methods
+    from swift_cl.tuners.registry import names
 
     return [
         {
             "name": method.name,
             "title": method.title,
-            "tuners": list(method.support.tuners),
+            "tuners": list(dict.fromkeys([*method.support.tuners, *(names() if method.support.any_tuner else ())])),
             "deepspeed": [f"zero{stage}" for stage in method.support.deepspeed],
             "packing": method.support.packing,
             "quantized": method.support.quantized,
@@ -44,12 +45,26 @@ def _methods() -> list[dict[str, Any]]:
 
 
 def _tuners() -> list[dict[str, Any]]:
-    import importlib.metadata
+    from swift_cl.tuners.registry import FROM_MS_SWIFT, tuners
 
-    from swift_cl.tuners import ENTRY_POINT_GROUP
-
-    own = [{"name": e.name, "from": e.value} for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
-    return [{"name": "lora", "from": "ms-swift"}, {"name": "full", "from": "ms-swift"}, *own]
+    none: list[str] = []
+    theirs = [
+        {"name": name, "title": title, "from": "ms-swift", "adapter": kind, "served by": list(served), "flags": none}
+        for name, (title, kind, served) in FROM_MS_SWIFT.items()
+    ]
+    ours = [
+        {
+            "name": tuner.name,
+            "title": tuner.title,
+            "from": tuner.__module__,
+            "adapter": tuner.peft_type,
+            "served by": ["pt"],
+            "flags": [*(f"--{flag}" for flag, _ in tuner.flags()), *(f"--{flag}" for flag in tuner.swift_flags)],
+            "paper": tuner.paper,
+        }
+        for tuner in tuners().values()
+    ]
+    return [*theirs, *ours]
 
 
 def _benchmarks() -> list[dict[str, Any]]:

@@ -23,10 +23,17 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the reports; 1 if a cell is null."""
+    from swift_cl.report.comparison import aggregate, comparison_text
     from swift_cl.report.files import write_reports
+    from swift_cl.report.runs import load_runs
     from swift_cl.report.text import render_text
 
     results, folder = write_reports([Path(d) for d in args.run_dirs], Path(args.output) if args.output else None)
     print(render_text(results))
+    over = aggregate(load_runs([Path(d) for d in args.run_dirs]))
+    for entry in over.comparisons:
+        print(f"\nover seeds and orders: {comparison_text(entry)}")
+    if over.refused:
+        print(f"\nnot averaged over runs: {over.refused}")
     print(f"\nreport: {folder / 'report.md'}, {folder / 'report.html'}, {folder / 'matrix.png'}")
     return 1 if any(entry.get("problems") for entry in results) else 0

@@ -63,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
         print(json.dumps(schema(args.schema), ensure_ascii=False, indent=2))
         return 0
-    from swift_cl.cli.eval import scorer_options
+    from swift_cl.cli.eval_flags import scorer_options
     from swift_cl.cli.main import build_parser
-    from swift_cl.workflow.plan import make_plans, preview
+    from swift_cl.workflow.plan import make_plans
+    from swift_cl.workflow.preview import preview
     from swift_cl.workflow.provenance import noted
     from swift_cl.workflow.run import check_evaluation, check_rows, check_train_flags, eval_argv, prepare
 
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     check_evaluation(config, benchmark, evaluation.scorer, scorer_options(evaluation.scorer_option))
     if args.preview:
         check_train_flags(plans)
-        check_rows(config, benchmark)
-        print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None))
+        counts = check_rows(config, benchmark)
+        print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None, counts))
         return 0
     if config.mode != "eval_only":
         plans = prepare(config, benchmark, args.overwrite)

@@ -1,6 +1,6 @@
 """`swift-cl sft`: `swift sft` with a continual-learning method."""
 
-from swift_cl.training.flags import check_method_flags, first, flag_values, help_text
+from swift_cl.training.flags import check_method_flags, complete_flags, first, flag_values, help_text
 from swift_cl.training.preflight import (
     check_data,
     check_model,
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
         print(help_text())
         return 0
     method = check_method_flags(argv)
-    given = flag_values(argv)
+    given = flag_values(complete_flags(argv))
     if method is not None:
         for model in given.get("model", []):
             check_model(model)

@@ -29,6 +29,7 @@ class Dialogue:
         base: identity of the weights below the adapter; the same as `weights` where there is none.
         system: system prompt, None to send none.
         stores: where its answers go; several when runs share the model and the question.
+        routed: what a stage's router calls this model, None where nothing was chosen.
         task: the task of the question, for tasks with settings of their own.
     """
 
@@ -38,6 +39,7 @@ class Dialogue:
     system: str | None
     row: Row
     stores: tuple[AnswerStore, ...]
+    routed: str | None = None
     task: str = ""
 
 
@@ -103,7 +105,7 @@ def _find(dialogue: Dialogue, turn: int, key: str) -> Answer | None:
 
 
 def _said(row: Answer) -> Answer:
-    return {name: row[name] for name in ("answer", "finish")}
+    return {name: row[name] for name in ("answer", "finish", "tokens") if name in row}
 
 
 def _row(dialogue: Dialogue, turn: int, question: str, reference: str, key: str) -> Answer:
@@ -115,6 +117,7 @@ def _row(dialogue: Dialogue, turn: int, question: str, reference: str, key: str)
         "served": dialogue.served,
         "weights": dialogue.weights,
         "key": key,
+        **({} if dialogue.routed is None else {"routed": dialogue.routed}),
     }
 
 
@@ -133,6 +136,8 @@ def _without_name(row: Answer) -> Answer:
 class Asker:
     """Asks dialogues with `concurrency` threads.
 
+    `tallies` holds what each call of `ask_all` did, also of one that raised.
+
     The threads are daemons that never wait long: when the main thread is interrupted, the program can end at once.
 
     Args:
@@ -150,6 +155,7 @@ class Asker:
     ) -> None:
         self.endpoint, self.settings = endpoint, settings
         self.concurrency, self.known_names, self.give_up_after = concurrency, frozenset(known_names), give_up_after
+        self.tallies: list[Tally] = []
         self._lost_in_a_row = 0
         self._lock = threading.Lock()
 
@@ -164,6 +170,7 @@ class Asker:
         for dialogue in dialogues:
             work.put(dialogue)
         tally = Tally()
+        self.tallies.append(tally)
 
         def worker() -> None:
             try:
@@ -234,7 +241,8 @@ class Asker:
         # ms-swift names the base model whatever adapter answered, so only the name of another adapter is a proof.
         if reply.model != dialogue.served and reply.model in self.known_names:
             raise RunFailure(f"{self.endpoint.base_url}: asked {dialogue.served!r}, but {reply.model!r} answered")
-        return {"answer": reply.text, "finish": reply.finish}
+        counted = {} if reply.tokens is None else {"tokens": reply.tokens}
+        return {"answer": reply.text, "finish": reply.finish, **counted}
 
     def _count_loss(self, failure: QuestionFailed) -> None:
         with self._lock:

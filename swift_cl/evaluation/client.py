@@ -55,11 +55,13 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its text, why it ended, and the model that the endpoint says it is from."""
+    """An answer: its text, why it ended, the model that the endpoint says it is from, and its length in tokens, where
+    the endpoint tells."""
 
     text: str
     finish: str | None
     model: str | None
+    tokens: int | None = None
 
 
 class Endpoint:
@@ -125,6 +127,24 @@ class Endpoint:
         except (OpenAIError, AttributeError, TypeError) as error:
             raise UserError(f"{self.base_url}: not an endpoint that lists its models ({describe(error)})") from None
 
+    def version(self) -> str | None:
+        """The version of the program that serves there; None where it does not tell (vLLM does, at /version).
+
+        Raises:
+            ConnectionError: nobody answers there.
+        """
+        from openai import APIConnectionError, OpenAIError
+
+        root = self.base_url.removesuffix("/v1")
+        try:
+            told = self._client.get(f"{root}/version", cast_to=object, options={"timeout": 5.0, "max_retries": 2})
+        except APIConnectionError as error:
+            raise ConnectionError(describe(error)) from None
+        except (OpenAIError, ValueError):
+            return None
+        version = told.get("version") if isinstance(told, dict) else None
+        return version if isinstance(version, str) else None
+
     def ask(self, model: str, messages: Sequence[Message], generation: Generation) -> Reply:
         """The answer to a dialogue.
 
@@ -144,7 +164,7 @@ class Endpoint:
             raise QuestionFailed(f"the response has no text (finish_reason {choice.finish_reason!r})", False)
         # JSON can spell half a character (a lone surrogate), which no UTF-8 file can hold.
         text = choice.message.content.encode("utf-8", "replace").decode()
-        return Reply(text, choice.finish_reason, reply.model)
+        return Reply(text, choice.finish_reason, reply.model, reply.usage.completion_tokens if reply.usage else None)
 
     def first_logprobs(self, model: str, messages: Sequence[Message]) -> dict[str, float] | None:
         """Log-probabilities (natural) of the likeliest first tokens; None where the endpoint does not give any."""

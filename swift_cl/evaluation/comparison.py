@@ -9,6 +9,7 @@ from swift_cl.errors import UserError, did_you_mean
 from swift_cl.evaluation.matrix_file import matrices
 from swift_cl.evaluation.metrics import FORMULAS, compute
 from swift_cl.evaluation.results import RESULTS_FILE, RESULTS_SCHEMA
+from swift_cl.evaluation.routes import method_of
 from swift_cl.evaluation.statistics import CONFIDENCE, Summary, larger_is_better, summarise, winner
 from swift_cl.io import read_json
 
@@ -94,7 +95,7 @@ def read_run(folder: Path) -> RunMetrics:
         str(value.get("benchmark")),
         str(value.get("model")),
         value.get("model_id"),
-        str(value.get("method")),
+        method_of({"method": None, **value}),
         value.get("seed"),
         order,
         dict(zip(order, expected, strict=False)) if isinstance(expected, list) else {},

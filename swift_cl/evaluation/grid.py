@@ -11,12 +11,14 @@ from swift_cl.evaluation.ask import Asker, Dialogue, restore
 from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
+from swift_cl.evaluation.journal import Journal, journal
 from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
 from swift_cl.evaluation.questions import Stores, base_of, dialogues, probes
 from swift_cl.evaluation.results import Scored, collect, score_grids
+from swift_cl.evaluation.routes import Routes
 from swift_cl.evaluation.scoring import GridScorer, choose_scorers, load_scorers
 from swift_cl.evaluation.servers import ServerPlan, ServerSettings, each_once, names_at, plan_servers, serve
-from swift_cl.evaluation.settings import Settings
+from swift_cl.evaluation.settings import Settings, load_settings
 from swift_cl.io import sha256_json
 from swift_cl.serving import backends
 from swift_cl.serving.backends import ServerOptions
@@ -68,11 +70,26 @@ class EvalOptions:
 
     @property
     def backend_identity(self) -> str:
-        """What the answers' keys say: the engine with its version, where it is ours and the version is known."""
-        if self.base_url is not None:
-            return self.backend_name
+        """What the answers' keys say of a server of ours: the engine with its version and settings."""
         merged = "; stages merged" if self.merge_stages else ""
         return backends.identity(self.server.options) + merged
+
+
+def backend_of(grids: Sequence[Grid], options: EvalOptions) -> str:
+    """What the answers' keys say: a server of ours, or an endpoint with the version that it tells.
+
+    Where nobody answers, the version is that of the last asking: a run whose answers are all there needs no endpoint.
+    """
+    if options.base_url is None:
+        return options.backend_identity
+    with contextlib.closing(Endpoint(options.base_url, options.retry)) as endpoint:
+        try:
+            version = endpoint.version()
+        except ConnectionError:
+            asked = load_settings(grids[0].run.dir)
+            known = "" if asked is None else asked[0].backend
+            return known if known.startswith(f"{options.backend_name} ") else options.backend_name
+    return options.backend_name if version is None else f"{options.backend_name} {version}"
 
 
 def generation(grids: Sequence[Grid], options: EvalOptions) -> Generation:
@@ -198,16 +215,27 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
             plan.check()
     settings = Settings(
         generation(grids, options),
-        options.backend_identity,
+        backend_of(grids, options),
         options.history,
         options.system,
         generation_by_task(grids, options),
     )
     stores = Stores()
+    routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
+    with terminate_raises():
+        routes.fill(grids, notify)
     identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    work = [(plan, dialogues(plan.targets, plan.served, options.system, stores)) for plan in plans]
+    found_by_plan = [dialogues(plan.targets, plan.served, options.system, stores, routes.answers) for plan in plans]
+    work = [
+        (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
+    ]
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
-    with terminate_raises(), tqdm(total=total, desc="questions", unit="q", dynamic_ncols=True, smoothing=0.05) as bar:
+    log = journal([grid.run.dir for grid in grids], settings.backend)
+    with (
+        terminate_raises(),
+        log as record,
+        tqdm(total=total, desc="questions", unit="q", dynamic_ncols=True, smoothing=0.05) as bar,
+    ):
 
         def say(line: str) -> None:
             with bar.external_write_mode():
@@ -218,7 +246,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
             bar.update(sum(len(d.row.turns) for d in found) - sum(len(d.row.turns) for d in pending))
             if not pending:
                 continue
-            with _endpoint(plan, grids, options, say) as endpoint:
+            with _endpoint(plan, grids, options, say, record) as endpoint:
                 names = names_at(endpoint, plan, options.served_names)
                 if options.identity_check:
                     identity.check(endpoint, each_once(plan, names))
@@ -231,6 +259,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
                     [name for name in names.values() if name != plan.deployment.base_name],
                     max(options.concurrency, 8),
                 )
+                record.askers.append(asker)
                 renamed = [replace(d, served=names[d.weights]) for d in pending]
                 failures = [
                     failure
@@ -261,11 +290,11 @@ def _base_apart(pending: Sequence[Dialogue], plan: ServerPlan) -> list[list[Dial
 
 @contextlib.contextmanager
 def _endpoint(
-    plan: ServerPlan, grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], None]
+    plan: ServerPlan, grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], None], record: Journal
 ) -> Iterator[Endpoint]:
     if options.base_url is not None:
         with contextlib.closing(Endpoint(options.base_url, options.retry)) as endpoint:
             yield endpoint
         return
-    with serve(plan, grids[0].run.dir, options.server, options.retry, notify) as endpoint:
+    with serve(plan, grids[0].run.dir, options.server, options.retry, notify, record) as endpoint:
         yield endpoint

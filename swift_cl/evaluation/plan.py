@@ -6,13 +6,28 @@ from pathlib import Path
 
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.evaluation.store import AnswerStore, answer_path
-from swift_cl.serving.adapters import Adapter, Deployment, stage_adapter, weights_id
+from swift_cl.serving.adapters import Adapter, Deployment, candidate_stages, stage_adapter, unique, weights_id
 from swift_cl.stages import Run, Stage, load_run
 from swift_cl.stream.benchmark import Benchmark, Task, load_benchmark
 from swift_cl.stream.rows import Row
 
 BASE = "base"
 SYSTEM_POLICIES = ("stage", "task", "none")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An adapter that a stage may answer with.
+
+    Attributes:
+        name: what the stage's router calls it.
+        tasks: the tasks whose questions it is the right one for.
+        target: what is asked when it is chosen.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    target: "Target"
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class Target:
         weights: what identifies its weights: the adapter's hash, or the model's id.
         deployment: the server that holds it.
         stage: its stage, None for the base model.
+        choices: for a stage that routes, the adapters that it chooses from; empty for one that answers itself.
     """
 
     row: str
@@ -32,6 +48,17 @@ class Target:
     weights: str
     deployment: Deployment
     stage: Stage | None = None
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def asked(self) -> tuple["Target", ...]:
+        """The models that may be asked for this row, itself first."""
+        return (self, *(choice.target for choice in self.choices if choice.target.weights != self.weights))
+
+    @property
+    def task_id_given(self) -> bool:
+        """Whether the task of a question decides which adapter answers."""
+        return bool(self.choices) and self.stage is not None and bool((self.stage.route or {}).get("task_id_given"))
 
 
 @dataclass(frozen=True)
@@ -129,21 +156,40 @@ def _targets(run: Run, order: Sequence[str]) -> tuple[Target, tuple[Target | Non
                 f"{run.stages[0].base_model}"
             )
         stages[stage.index] = stage
-    adapters = tuple(stage_adapter(stage) for stage in run.stages if stage.weights_sha256 is not None)
-    shared = Deployment(run.model, run.model_args, adapters)
+    own = [stage for stage in run.stages if stage.weights_sha256 is not None]
+    served = {stage.dir: [*own, *candidate_stages(stage, own)] for stage in run.stages}
+    every = unique(stage_adapter(stage) for stages_ in served.values() for stage in stages_)
+    shared = Deployment(run.model, run.model_args, every)
     base = Target(BASE, shared.base_name, weights_id(run.model), shared)
-    return base, tuple(_stage_target(stages.get(index), shared) for index in range(len(order)))
+    return base, tuple(_stage_target(stages.get(index), shared, own) for index in range(len(order)))
 
 
-def _stage_target(stage: Stage | None, shared: Deployment) -> Target | None:
+def _stage_target(stage: Stage | None, shared: Deployment, own: Sequence[Stage]) -> Target | None:
     """A stage with an adapter answers from the shared server; a full model gets a server of its own."""
     if stage is None:
         return None
     if stage.weights_sha256 is not None:
-        adapter: Adapter = stage_adapter(stage)
-        return Target(stage.dir.name, adapter.name, adapter.sha256, shared, stage)
+        choices = tuple(
+            Choice(entry["name"], tuple(entry["tasks"]), _choice_target(stage, entry["name"], candidate, shared))
+            for entry, candidate in zip(
+                (stage.route or {}).get("candidates", ()), candidate_stages(stage, own), strict=True
+            )
+        )
+        return replace(_adapter_target(stage, shared), choices=choices)
     alone = Deployment(str(stage.weights_dir), stage.model_args or shared.model_args)
     return Target(stage.dir.name, alone.base_name, weights_id(alone.model), alone, stage)
+
+
+def _choice_target(stage: Stage, name: str, candidate: Stage, shared: Deployment) -> Target:
+    """A candidate that is no stage's own adapter has a row name that no folder of answers has."""
+    target = _adapter_target(candidate, shared)
+    is_own = candidate.dir != stage.dir or target.weights == stage.weights_sha256
+    return target if is_own else replace(target, row=f"{stage.dir.name}/{name}")
+
+
+def _adapter_target(stage: Stage, shared: Deployment) -> Target:
+    adapter: Adapter = stage_adapter(stage)
+    return Target(stage.dir.name, adapter.name, adapter.sha256, shared, stage)
 
 
 def system_prompt(policy: str, target: Target, task: Task, row: Row) -> str | None:

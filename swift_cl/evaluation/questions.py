@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from swift_cl.errors import RunFailure
 from swift_cl.evaluation.ask import Dialogue, keys, opening
 from swift_cl.evaluation.plan import Grid, Target, system_prompt
 from swift_cl.evaluation.settings import Settings
@@ -35,31 +36,56 @@ def base_of(grid: Grid, target: Target) -> str:
     return sha256_json([weights, dict(target.deployment.model_args)])
 
 
+Answering = Callable[[Grid, Target, Task, Row], tuple[Target, str | None] | None]
+"""(the model that answers a question, name of the choice or None); None where the question was not routed yet."""
+
+
+def itself(grid: Grid, target: Target, task: Task, row: Row) -> tuple[Target, str | None]:
+    """For runs that do not route."""
+    return target, None
+
+
 def dialogues(
     targets: Sequence[tuple[Grid, Target]],
     served: Callable[[Target], str],
     policy: str,
     stores: Callable[[Grid, Target, str], AnswerStore],
+    answers: Answering = itself,
 ) -> list[Dialogue]:
-    """All dialogues of a server, model by model, so that batches are of one adapter; those that runs share once."""
+    """All dialogues of a server, model by model, so that batches are of one adapter; those that runs share once.
+
+    Raises:
+        RunFailure: a question was not routed.
+    """
     merged: dict[str, tuple[Dialogue, list[AnswerStore]]] = {}
     for grid, target in targets:
         base = base_of(grid, target)
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
             store = stores(grid, target, task.name)
             for row in rows:
-                system = system_prompt(policy, target, task, row)
-                key = sha256_json([target.weights, task.name, system, row.id, row.content_hash])
-                found = Dialogue(served(target), target.weights, base, system, row, (), task.name)
+                chosen = answers(grid, target, task, row)
+                if chosen is None:
+                    raise RunFailure(f"{grid.run.dir}: {target.row} x {task.name}, {row.id!r} was not routed")
+                model, routed = chosen
+                system = system_prompt(policy, model, task, row)
+                key = sha256_json([model.weights, task.name, system, row.id, row.content_hash, routed])
+                found = Dialogue(served(model), model.weights, base, system, row, (), routed, task.name)
                 merged.setdefault(key, (found, []))[1].append(store)
     ordered = sorted(merged.values(), key=lambda item: item[0].served)
-    return [replace(dialogue, stores=tuple(dict.fromkeys(own))) for dialogue, own in ordered]
+    return [replace(d, stores=tuple(dict.fromkeys(own))) for d, own in ordered]
 
 
 def wanted_keys(
-    grid: Grid, target: Target, task: Task, rows: Sequence[Row], store: AnswerStore, settings: Settings, base: str
+    grid: Grid,
+    target: Target,
+    task: Task,
+    rows: Sequence[Row],
+    store: AnswerStore,
+    settings: Settings,
+    base: str,
+    answers: Answering = itself,
 ) -> Mapping[tuple[str, int], str]:
-    """For each sample id and turn of a cell the key that its answer must have to count.
+    """For each sample id and turn of a cell the key that its answer must have to count; none where not routed yet.
 
     Args:
         base: `base_of` the run's base model when it was asked (scoring needs no model, which may be elsewhere).
@@ -72,8 +98,11 @@ def wanted_keys(
             latest = store.latest(row.id, turn)
             return None if latest is None or latest["key"] != key else latest.get("answer")
 
-        system = system_prompt(settings.system, target, task, row)
-        dialogue = Dialogue("", target.weights, below, system, row, (), task.name)
+        chosen = answers(grid, target, task, row)
+        if chosen is None:
+            continue
+        system = system_prompt(settings.system, chosen[0], task, row)
+        dialogue = Dialogue("", chosen[0].weights, below, system, row, (), task=task.name)
         wanted.update({(row.id, turn): key for turn, key in enumerate(keys(dialogue, settings, answered))})
     return wanted
 

@@ -10,17 +10,20 @@ results.json (schema 1) has for each scorer, beside `base`, `matrix`, `n`, `n_ba
     ceiling    new_acc: the diagonal; mtl and mtl_run: scores and name of joint training, null if none was found
     facts      what the scorer says about how it scored (encoder, signature, judge); absent if nothing
 
+A run that chooses an adapter for every question has `routing` beside `scorers`, see `routes.routing_results`.
+
 Scores of single answers are in RUN_DIR/scores, see `score_files`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from swift_cl.evaluation.floors import joint_row, results_beside, shuffled
 from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
-from swift_cl.evaluation.questions import wanted_keys
+from swift_cl.evaluation.questions import base_of, wanted_keys
+from swift_cl.evaluation.routes import Routes, routing_results
 from swift_cl.evaluation.score_files import write_scores
 from swift_cl.evaluation.scorers import Item
 from swift_cl.evaluation.scoring import PER_TASK, GridScorer, ScoredCell, facts, reference_items, score_cells
@@ -28,6 +31,7 @@ from swift_cl.evaluation.settings import load_settings
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import write_json
 from swift_cl.stream.benchmark import Task
+from swift_cl.stream.rows import Row
 
 RESULTS_SCHEMA = 1
 RESULTS_FILE = "results.json"
@@ -45,6 +49,7 @@ class CellAnswers:
         expected: turns of the test data.
         problems: why answers are missing, each reason with its count, the most frequent first.
         cut: answers that ended at the token limit.
+        tokens: length of all answers, None where the endpoint did not tell that of each.
     """
 
     items: list[Item]
@@ -52,6 +57,7 @@ class CellAnswers:
     expected: int
     problems: list[str]
     cut: int = 0
+    tokens: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -60,12 +66,16 @@ class CellAnswers:
 
 
 def cell_answers(
-    store: AnswerStore, turns: Sequence[Item], weights: str, wanted: Mapping[tuple[str, int], str] | None = None
+    store: AnswerStore,
+    turns: Sequence[Item],
+    weights: str | Mapping[str, str | None],
+    wanted: Mapping[tuple[str, int], str] | None = None,
 ) -> CellAnswers:
     """Pair answers with references by sample id and turn.
 
     Args:
         turns: all turns of the test data, each answered by its reference.
+        weights: what must have answered; by sample id for a stage that routes, None where no choice was made yet.
 
     An answer counts only if it answers the question that the data has today, by the weights that the stage has today,
     and, with `wanted` (keys by sample id and turn), under the settings of today.
@@ -74,14 +84,22 @@ def cell_answers(
     keys: list[str] = []
     reasons: dict[str, int] = {}
     cut = 0
+    tokens: list[int | None] = []
     for turn in turns:
         answer = store.latest(turn.id, turn.turn)
+        expected = weights if isinstance(weights, str) else weights.get(turn.id)
         if answer is None:
             reason = "not asked yet"
+        elif expected is None:
+            reason = "not routed yet"
         elif answer.get("question") != turn.question:
             reason = "the stored answer is for another question; the data changed"
-        elif answer.get("weights") != weights:
-            reason = "the stored answer is from other weights; the stage was trained again"
+        elif answer.get("weights") != expected:
+            reason = (
+                "the stored answer is from other weights; the stage was trained again"
+                if isinstance(weights, str)
+                else "the stored answer is from another adapter than the router chooses now"
+            )
         elif "error" in answer:
             reason = str(answer["error"])
         elif wanted is not None and wanted.get((turn.id, turn.turn)) != answer["key"]:
@@ -90,10 +108,27 @@ def cell_answers(
             items.append(replace(turn, answer=answer["answer"]))
             keys.append(answer["key"])
             cut += answer.get("finish") == "length"
+            tokens.append(answer.get("tokens"))
             continue
         reasons[reason] = reasons.get(reason, 0) + 1
     problems = [f"{count} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1])]
-    return CellAnswers(items, keys, len(turns), problems, cut)
+    return CellAnswers(items, keys, len(turns), problems, cut, total(tokens))
+
+
+def total(counts: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    found = list(counts)
+    return None if None in found else sum(count for count in found if count is not None)
+
+
+def _weights(
+    grid: Grid, target: Target, task: Task, rows: Sequence[Row], routes: Routes
+) -> str | Mapping[str, str | None]:
+    """What must have answered a cell's questions."""
+    if not target.choices:
+        return target.weights
+    chosen = {row.id: routes.answers(grid, target, task, row) for row in rows}
+    return {sample: None if found is None else found[0].weights for sample, found in chosen.items()}
 
 
 @dataclass(frozen=True)
@@ -109,17 +144,25 @@ class Scored:
     problems: list[str]
 
 
+def stored_routes(grid: Grid) -> Routes:
+    """The choices under which a run was asked last."""
+    asked = load_settings(grid.run.dir)
+    base = base_of(grid, grid.base) if asked is None else asked[1]
+    return Routes("stage" if asked is None else asked[0].system, {grid.run.dir: base})
+
+
 def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
     """The answers of every cell by (row, task), and one line for each cell or row that cannot be scored."""
     problems: list[str] = []
     cells: dict[tuple[str, str], CellAnswers] = {}
     turns = {task.name: reference_items(task, rows) for task, rows in zip(grid.tasks, grid.rows, strict=True)}
     asked = load_settings(grid.run.dir)
+    routes = stored_routes(grid)
     for target in grid.targets:
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
             store = grid.store(target, task)
-            wanted = None if asked is None else wanted_keys(grid, target, task, rows, store, *asked)
-            found = cell_answers(store, turns[task.name], target.weights, wanted)
+            wanted = None if asked is None else wanted_keys(grid, target, task, rows, store, *asked, routes.answers)
+            found = cell_answers(store, turns[task.name], _weights(grid, target, task, rows, routes), wanted)
             cells[target.row, task.name] = found
             if not found.complete:
                 missing = found.expected - len(found.items)
@@ -168,9 +211,13 @@ def score_grid(grid: Grid, scorers: Sequence[GridScorer], backend: str) -> Score
         "answers": {
             "expected": [cells[grid.base.row, task.name].expected for task in grid.tasks],
             "cut_at_max_tokens": sum(cell.cut for cell in cells.values()),
+            "tokens": total(cell.tokens for cell in cells.values()),
         },
         "problems": problems,
     }
+    routing = routing_results(grid, stored_routes(grid))
+    if routing is not None:
+        results["routing"] = routing
     return Scored(results, problems)
 
 

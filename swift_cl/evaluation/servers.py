@@ -7,6 +7,7 @@ from pathlib import Path
 
 from swift_cl.errors import UserError
 from swift_cl.evaluation.client import Endpoint, RetryPolicy
+from swift_cl.evaluation.journal import Journal
 from swift_cl.evaluation.plan import BASE, Grid, Target
 from swift_cl.io import sha256_json
 from swift_cl.serving.adapters import Adapter, Deployment, check_deployment, unique
@@ -23,11 +24,25 @@ class ServerPlan:
 
     Attributes:
         merge: the adapter that is merged into the deployment's model and served alone, None to serve what it says.
+        merged_elsewhere: hashes of the adapters that other servers have merged in.
     """
 
     deployment: Deployment
     targets: tuple[tuple[Grid, Target], ...]
     merge: Adapter | None = None
+    merged_elsewhere: frozenset[str] = frozenset()
+
+    @property
+    def asked(self) -> list[tuple[Grid, Target]]:
+        """Everything that may be asked here: the rows, and the adapters that rows choose from."""
+        every = [(grid, model) for grid, target in self.targets for model in target.asked]
+        return [item for item in every if self.holds(item[1].weights)]
+
+    def holds(self, weights: str) -> bool:
+        """Whether this server has these weights; one that has a single stage merged in has no others."""
+        if self.merge is not None:
+            return weights == self.merge.sha256
+        return not self.merged_elsewhere or weights not in self.merged_elsewhere
 
     @property
     def names(self) -> list[str]:
@@ -84,19 +99,27 @@ def plan_servers(grids: Sequence[Grid], merge_stages: bool = False) -> list[Serv
 def _one_by_one(plan: ServerPlan) -> list[ServerPlan]:
     alone = replace(plan.deployment, adapters=())
     adapters = plan.deployment.adapters
-    kept = tuple(item for item in plan.targets if item[1].weights not in {adapter.sha256 for adapter in adapters})
-    plans = [ServerPlan(alone, kept)]
-    for adapter in adapters:
-        targets = tuple(item for item in plan.targets if item[1].weights == adapter.sha256)
-        plans.append(ServerPlan(alone, targets, adapter))
-    return plans
+    hashes = frozenset(adapter.sha256 for adapter in adapters)
+    plans = [
+        ServerPlan(alone, plan.targets, merged_elsewhere=hashes),
+        *(ServerPlan(alone, plan.targets, a) for a in adapters),
+    ]
+    return [
+        replace(p, targets=tuple(item for item in p.targets if any(p.holds(model.weights) for model in item[1].asked)))
+        for p in plans
+    ]
 
 
 @contextlib.contextmanager
 def serve(
-    plan: ServerPlan, run_dir: Path, settings: ServerSettings, retry: RetryPolicy, notify: Callable[[str], None]
+    plan: ServerPlan,
+    run_dir: Path,
+    settings: ServerSettings,
+    retry: RetryPolicy,
+    notify: Callable[[str], None],
+    journal: Journal,
 ) -> Iterator[Endpoint]:
-    """Start a server of ours for a plan; its logs go to `run_dir/logs`."""
+    """Start a server of ours for a plan; its logs go to `run_dir/logs`, what it took to `journal`."""
     logs = run_dir / "logs"
     with contextlib.ExitStack() as stack:
         deployment, name = plan.deployment, None
@@ -119,6 +142,7 @@ def serve(
             notify=notify,
         )
         stack.enter_context(server)
+        journal.server(server.command.argv, server.ready_seconds)
         transport = getattr(server, "transport", None)
         endpoint = Endpoint(server.base_url, retry, server.check_alive, transport=transport)
         yield stack.enter_context(contextlib.closing(endpoint))
@@ -132,7 +156,7 @@ def names_at(endpoint: Endpoint, plan: ServerPlan, given: Mapping[str, str]) -> 
     """
     listed = endpoint.models()
     names: dict[str, str] = {}
-    for grid, target in plan.targets:
+    for grid, target in plan.asked:
         usual = [plan.served(target), *([grid.run.model] if target.row == BASE else [target.row])]
         wanted = [given[target.row]] if target.row in given else usual
         name = next((name for name in wanted if name in listed), None)
@@ -148,6 +172,6 @@ def names_at(endpoint: Endpoint, plan: ServerPlan, given: Mapping[str, str]) -> 
 def each_once(plan: ServerPlan, names: Mapping[str, str]) -> list[tuple[Target, str]]:
     """Each weights of a server once with its name, the base first."""
     found: dict[str, tuple[Target, str]] = {}
-    for _, target in plan.targets:
+    for _, target in plan.asked:
         found.setdefault(target.weights, (target, names[target.weights]))
     return sorted(found.values(), key=lambda item: item[0].row != BASE)

@@ -10,7 +10,8 @@ from typing import Any
 from swift_cl.errors import RunFailure, UserError
 
 Answer = dict[str, Any]
-"""`id`, `turn`, `question`, `reference`, `answer` or `error`, `finish`, `served`, `weights`, `key`."""
+"""`id`, `turn`, `question`, `reference`, `answer` or `error`, `finish`, `served`, `weights`, `key`; `tokens` where the
+endpoint tells, `routed` (the adapter that the stage's router chose) where one was chosen."""
 
 
 class AnswerStore:

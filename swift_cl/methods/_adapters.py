@@ -49,10 +49,27 @@ def check_plain_lora(method: str, names: Iterable[str]) -> None:
         )
 
 
+def stored_adapter(folder: Path) -> "dict[str, torch.Tensor]":
+    """The tensors of a finished stage's adapter, by the names of `TaskContext.parameters`."""
+    from safetensors.torch import load_file
+
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(folder / ADAPTER_FILE).items()}
+
+
 def activate(model: Any, *names: str) -> None:
     """Let every forward from now on sum up these adapters; trained and frozen stay what they were."""
     for layer in AdapterSwitch(model).layers:
         layer._active_adapter = list(names)
+
+
+def frozen_parameters(model: Any, adapter: str) -> dict[str, Any]:
+    """The parameters of an extra adapter by the names of their trained twins."""
+    mark = f".{adapter}."
+    return {
+        name.removeprefix("base_model.model.").replace(mark, "."): parameter
+        for name, parameter in model.named_parameters()
+        if mark in name
+    }
 
 
 class AdapterSwitch:

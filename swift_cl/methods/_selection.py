@@ -97,19 +97,26 @@ def class_balanced_order(labels: Sequence[str], *key: Key) -> list[int]:
 def kmeans_order(points: "NDArray[np.float64]", clusters: int, count: int, seed: int) -> list[int]:
     """`count` rows that cover the clusters of `points`: shares by cluster size, nearest to the centroid first."""
     count = min(count, len(points))
-    clusters = min(clusters, count)
-    if count == 0:
+    members = [[i for i, _ in own] for own in kmeans_clusters(points, min(clusters, count), seed)]
+    shares = largest_remainder(count, [len(own) for own in members])
+    return round_robin([own[:share] for own, share in zip(members, shares, strict=True)])
+
+
+def kmeans_clusters(
+    points: "NDArray[np.float64] | list[float]", clusters: int, seed: int
+) -> list[list[tuple[int, float]]]:
+    """(row, distance to the centroid) of every cluster that is not empty, nearest first, ties by row."""
+    if len(points) == 0 or clusters == 0:
         return []
-    assigned = _lloyd(points, clusters, seed)
+    points = np.asarray(points)
+    assigned = _lloyd(points, min(clusters, len(points)), seed)
     # Clusters are numbered by their first row: the numbers of the algorithm mean nothing.
     first_rows = sorted({int(np.flatnonzero(assigned == c)[0]) for c in np.unique(assigned)})
-    members = [np.flatnonzero(assigned == assigned[first]) for first in first_rows]
-    lists = []
-    for own, share in zip(members, largest_remainder(count, [len(own) for own in members]), strict=True):
-        centroid = points[own].mean(axis=0)
-        distance = np.round(np.linalg.norm(points[own] - centroid, axis=1), _DECIMALS)
-        lists.append([int(i) for i in own[np.argsort(distance, kind="stable")][:share]])
-    return round_robin(lists)
+    found = []
+    for own in (np.flatnonzero(assigned == assigned[first]) for first in first_rows):
+        distance = np.round(np.linalg.norm(points[own] - points[own].mean(axis=0), axis=1), _DECIMALS)
+        found.append([(int(own[i]), float(distance[i])) for i in np.argsort(distance, kind="stable")])
+    return found
 
 
 def _lloyd(points: "NDArray[np.float64]", clusters: int, seed: int) -> "NDArray[np.int32]":

@@ -14,7 +14,8 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
     end_task(ctx)                  every rank, model still alive: the state that the next task needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
     export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
-    route(ctx, request)            only for methods that choose an adapter at inference
+    candidates(ctx)                rank 0, for methods that choose at inference: the adapters the stage answers with
+    route(ctx, requests)           only for those, in a process of its own: an adapter for each question of a batch
 
 A method never asks which engine runs it: gradients, weights and reductions come from `TaskContext`.
 """
@@ -26,8 +27,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from swift_cl.errors import UserError
+from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState
+from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
+from swift_cl.settings import Settings, flags_of_settings
+from swift_cl.settings import setting as setting
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,12 +45,14 @@ class Support:
 
     Attributes:
         tuners: values of `--tuner_type`.
+        any_tuner: whether it works with every other tuner of `swift-cl ls tuners` too (it sees data only).
         deepspeed: ZeRO stages.
         zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
         packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
     """
 
     tuners: tuple[str, ...] = ("lora", "full")
+    any_tuner: bool = False
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
     full_deepspeed: tuple[int, ...] = (0, 1, 2, 3)
     zero0_low_precision: bool = True
@@ -58,27 +64,8 @@ class Support:
 
 
 @dataclass
-class MethodConfig:
-    """Base of the config dataclasses. Field `x` of method `m` is the flag `--m_x`; the help text is in its metadata.
-
-    A name that Python reserves takes a trailing underscore that the flag does not have: `lambda_` is `--m_lambda`.
-    `validate` checks ranges; it runs before anything is loaded.
-    """
-
-    def validate(self) -> None:
-        """Raise `UserError` through `fail` for a value out of range."""
-
-    def fail(self, method: str, name: str, allowed: str) -> None:
-        """Refuse the value of a field."""
-        raise UserError(f"--{method}_{name.rstrip('_')} is {getattr(self, name)!r}, allowed: {allowed}")
-
-
-def setting(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
-    """A config field with its help text (the one source for `--help` and for the method's page)."""
-    metadata: dict[str, Any] = {"help": help}
-    if choices is not None:
-        metadata["choices"] = tuple(choices)
-    return dataclasses.field(default=default, metadata=metadata)
+class MethodConfig(Settings):
+    """Base of the methods' config dataclasses; see `Settings`."""
 
 
 class Gradients(Protocol):
@@ -122,6 +109,7 @@ class TaskContext(Protocol):
         rank, world_size: of the data-parallel group.
         device: where the model lives.
         system: the stage's system prompt, None for the template's default.
+        this_stage: the current task's own folders; its weights are there from `end_task` on.
         model: the model as transformers sees it, unwrapped (a PeftModel for LoRA).
         module_for_forward: the unwrapped module to run extra forwards on (same weights, no reducer hooks).
         parameters: trained parameters by name, without wrapper prefixes and adapter name.
@@ -130,6 +118,7 @@ class TaskContext(Protocol):
         micro_batch: rows per device and forward in training; a method's own forwards take no more.
         global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
         is_logging_step: whether values logged now will be shown.
+        channels: in `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
     """
 
     @property
@@ -147,6 +136,8 @@ class TaskContext(Protocol):
     @property
     def system(self) -> str | None: ...
     @property
+    def this_stage(self) -> EarlierTask: ...
+    @property
     def model(self) -> Any: ...
     @property
     def parameters(self) -> "Mapping[str, nn.Parameter]": ...
@@ -160,6 +151,8 @@ class TaskContext(Protocol):
     def global_batch(self) -> int: ...
     @property
     def is_logging_step(self) -> bool: ...
+    @property
+    def channels(self) -> Sequence[str | None] | None: ...
 
     @property
     def task_index(self) -> int:
@@ -177,8 +170,23 @@ class TaskContext(Protocol):
     def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
         """Rows through the training template; a row that the template would drop gives an empty dict."""
 
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        """Token ids of prompts as they are asked at inference: generation prompt at the end, no answer."""
+
     def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
+
+    def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:
+        """Generation, in `prepare_task` only: the base model with an earlier stage's weights, None for it alone.
+
+        Args:
+            weights: `weights_dir` of an earlier task.
+            backend: one of `swift_cl.generation.engine.BACKENDS`.
+        """
+
+    @property
+    def generated_dir(self) -> Path:
+        """Folder for the files of this stage's generation; a resumed stage finds them there again."""
 
     def statistics_mode(self) -> AbstractContextManager[None]:
         """Dropout off, checkpointing in the form that `torch.autograd.grad` allows, under the Trainer's autocast."""
@@ -224,6 +232,7 @@ class Method:
         support: what it supports.
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
+        replaces_loss: what `loss` returns is the whole loss of the micro-batch, not a term to add.
         starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
             of the stage before.
     """
@@ -235,6 +244,7 @@ class Method:
     support: ClassVar[Support] = Support()
     needs_rows: ClassVar[bool] = False
     needs_logits: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = False
     starts_fresh: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
@@ -301,8 +311,25 @@ class Method:
         """The content of the kept adapter's adapter_config.json; unchanged by default."""
         return config
 
+    # --- at inference ------------------------------------------------------------------------------------------------
+
+    def routes(self) -> bool:
+        """Whether this configuration chooses an adapter for every question instead of answering with the stage's."""
+        return type(self).route is not Method.route
+
+    def needs_task_id(self) -> bool:
+        """Whether the question's task must be given at inference. Tables then say so, and `route` is not called."""
+        return False
+
+    def candidates(self, ctx: TaskContext) -> list[Candidate]:
+        """The adapters that the stage answers with, after `end_task`; by default one a task, each stage's own."""
+        return [Candidate(stage.task, (stage.task,), stage.weights_dir) for stage in (*ctx.earlier, ctx.this_stage)]
+
+    def route(self, ctx: RouteContext, requests: Sequence[RouteRequest]) -> Sequence[Route]:
+        """One choice a request, in their order. There are at least two candidates."""
+        raise NotImplementedError(f"method '{self.name}' does not route")
+
 
 def flags_of(method: type[Method]) -> Iterator[tuple[str, dataclasses.Field[Any]]]:
     """(flag name without dashes, config field) of a method."""
-    for field in dataclasses.fields(method.config_class):
-        yield f"{method.name}_{field.name.rstrip('_')}", field
+    return flags_of_settings(method.name, method.config_class)

@@ -1,13 +1,25 @@
 """cia: Large Continual Instruction Assistant, an average of the weights whose inertia is chosen at every step."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._adapters import TRAINED, stored_adapter
+from swift_cl.methods._draws import seed32
+from swift_cl.methods._instructions import (
+    MUCH_CJK,
+    Group,
+    cjk_share,
+    group_from,
+    instruction,
+    instructions,
+    mean_similarity,
+)
+from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest, largest
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
 
@@ -33,6 +45,34 @@ class CiaConfig(MethodConfig):
     )
     beta_fallback: float = setting(0.99, "beta where the formula gives none in (0, 1), in (0, 1).")
     scale: float = setting(2.0, "Factor in the formula of variant 'released', > 0; only with that variant.")
+    grouping: bool = setting(
+        False,
+        "Tasks with similar instructions share an adapter, others get one of their own; at inference every question "
+        "goes to the adapter of the nearest instructions.",
+    )
+    sim_threshold: float = setting(0.9, "Similarity from which a task joins a group, in [0, 1]; with grouping.")
+    instruction: str = setting(
+        "auto",
+        "What is a row's instruction: 'auto', its own system prompt where it has one that is not the whole task's, "
+        "else as with 'first_user', the first 256 characters of the user's first text.",
+        ("auto", "first_user"),
+    )
+    tokenizer: str = setting(
+        "word",
+        "What instructions are compared by: 'word', or 'char' (characters and pairs; taken in any case for texts with "
+        "many Chinese, Japanese or Korean characters).",
+        ("word", "char"),
+    )
+    codebook_max: int = setting(64, "Instructions kept a group, the most frequent, >= 1.")
+    new_group_init: str = setting(
+        "latest", "What a new group's adapter starts from: the 'latest' task's, or 'fresh'.", ("latest", "fresh")
+    )
+    no_match: str = setting(
+        "best",
+        "What answers a question whose nearest group is below the threshold: the 'best' one all the same, the 'last' "
+        "group, or 'error' (the evaluation stops).",
+        ("best", "last", "error"),
+    )
 
     def validate(self) -> None:
         if not 0 < self.beta_fallback < 1:
@@ -41,6 +81,13 @@ class CiaConfig(MethodConfig):
             self.fail("cia", "scale", "a number > 0")
         if self.variant != "released" and self.scale != CiaConfig.scale:
             self.fail("cia", "scale", "only with --cia_variant released")
+        if not 0 <= self.sim_threshold <= 1:
+            self.fail("cia", "sim_threshold", "a number in [0, 1]")
+        if self.codebook_max < 1:
+            self.fail("cia", "codebook_max", "a whole number >= 1")
+        for name in ("sim_threshold", "instruction", "tokenizer", "codebook_max", "new_group_init", "no_match"):
+            if not self.grouping and getattr(self, name) != getattr(CiaConfig, name):
+                self.fail("cia", name, "only with --cia_grouping true")
 
 
 @dataclass
@@ -80,11 +127,62 @@ class Cia(Method):
 
     def __init__(self, config: CiaConfig) -> None:
         super().__init__(config)
-        self._run: Running | None = None  # None in the first task
+        self._run: Running | None = None  # None in the first task of a group
+        self._groups: list[Group] = []  # with this task in its own
+        self._own: Group | None = None
         self._gradient: Tensor | None = None
 
+    # --- groups ------------------------------------------------------------------------------------------------------
+
+    def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
+        """With grouping: find the task's group, on every rank alike, and start from that group's adapter."""
+        if not self.config.grouping:
+            return model
+        if ctx.earlier:
+            self._groups = [group_from(value) for value in ctx.previous_state().meta.get("groups", ())]
+            if not self._groups:
+                raise UserError(
+                    f"--cia_grouping is true, but the stage before ({ctx.earlier[-1].dir}) was trained without it"
+                )
+        texts = instructions(ctx.training_rows(), ctx.system, self.config.instruction)
+        texts = dict(list(texts.items())[: self.config.codebook_max])
+        similar = [mean_similarity(list(texts), group, self.config.tokenizer) for group in self._groups]
+        best = max(range(len(similar)), key=lambda i: similar[i], default=None)
+        if best is not None and similar[best] >= self.config.sim_threshold:
+            self._own = self._groups[best]
+            self._start_from(ctx, self._own.tasks[-1])
+        else:
+            self._own = Group(f"group_{len(self._groups) + 1}")
+            self._groups.append(self._own)
+            if ctx.earlier and self.config.new_group_init == "fresh":
+                reset(model, ctx.seed, ctx.task)
+        self._report(ctx, texts, similar)
+        self._own.add(ctx.task, texts, self.config.codebook_max)
+        return model
+
+    def _report(self, ctx: TaskContext, texts: Mapping[str, int], similar: Sequence[float]) -> None:
+        assert self._own is not None
+        joined = f"joins {self._own.name} ({', '.join(self._own.tasks)})" if self._own.tasks else "opens a new group"
+        nearest = f", the nearest group's similarity is {max(similar):.3f}" if similar else ""
+        ctx.notice(f"task '{ctx.task}' {joined}{nearest}; an instruction of it: {next(iter(texts), '')[:80]!r}")
+        if self.config.tokenizer == "word" and any(cjk_share(text) > MUCH_CJK for text in texts):
+            ctx.notice("instructions are compared by characters: they have no word borders")
+
+    def _start_from(self, ctx: TaskContext, task: str) -> None:
+        """The adapter of an earlier task, in place of the last one's, which the stage was loaded with."""
+        folder = next(earlier.weights_dir for earlier in ctx.earlier if earlier.task == task)
+        if folder == ctx.earlier[-1].weights_dir:
+            return
+        stored = stored_adapter(folder)
+        check_shapes(self.name, shapes_of(stored), shapes_of(ctx.parameters))
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                ctx.parameters[name].copy_(tensor)
+
+    # --- the average -------------------------------------------------------------------------------------------------
+
     def train_begin(self, ctx: TaskContext) -> None:
-        if not ctx.earlier:
+        if not ctx.earlier or (self._own is not None and len(self._own.tasks) == 1):
             return
         weights = ctx.weights()
         check_shapes(self.name, ctx.previous_state().meta["parameters"], shapes_of(weights))
@@ -175,6 +273,8 @@ class Cia(Method):
     def end_task(self, ctx: TaskContext) -> MethodState:
         weights = ctx.weights()
         meta: dict[str, Any] = {"parameters": shapes_of(weights), "variant": self.config.variant}
+        if self.config.grouping:
+            meta["groups"] = [group.as_json() for group in self._groups]
         meta.update(mean_beta=None, fallback_share=None, ratio=None)
         run = self._run
         if run is not None and run.steps:
@@ -192,6 +292,45 @@ class Cia(Method):
 
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
         return tensors if self._run is None else {**tensors, **self._run.ema}
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    def routes(self) -> bool:
+        return self.config.grouping
+
+    def candidates(self, ctx: TaskContext) -> list[Candidate]:
+        folders = {stage.task: stage.weights_dir for stage in (*ctx.earlier, ctx.this_stage)}
+        return [Candidate(group.name, tuple(group.tasks), folders[group.tasks[-1]]) for group in self._groups]
+
+    def route(self, ctx: RouteContext, requests: Sequence[RouteRequest]) -> list[Route]:
+        """By text alone: no model is run."""
+        groups = [group_from(value) for value in ctx.state().meta["groups"]]
+        return [self._route(request, groups) for request in requests]
+
+    def _route(self, request: RouteRequest, groups: Sequence[Group]) -> Route:
+        text = instruction(str(request.messages[-1]["content"]), request.system, self.config.instruction)
+        scores = {group.name: mean_similarity([text], group, self.config.tokenizer) for group in groups}
+        best = largest(scores)
+        if scores[best] < self.config.sim_threshold and self.config.no_match != "best":
+            if self.config.no_match == "error":
+                raise UserError(
+                    f"no group of instructions is near enough (--cia_no_match error): {text[:80]!r} has at most "
+                    f"{scores[best]:.3f}, the threshold is {self.config.sim_threshold}"
+                )
+            best = groups[-1].name
+        return Route(best, scores)
+
+
+def reset(model: Any, seed: int, task: str) -> None:
+    """Give the trained adapter the values that a new one begins with."""
+    from peft.tuners.lora import LoraLayer
+
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed32("cia", seed, task))
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.reset_lora_parameters(TRAINED, True)
 
 
 def _copies(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":

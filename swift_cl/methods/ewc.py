@@ -102,7 +102,9 @@ class Ewc(Method):
     title: ClassVar[str] = "Elastic Weight Consolidation"
     paper: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
     config_class: ClassVar[type[MethodConfig]] = EwcConfig
-    support: ClassVar[Support] = Support(zero0_low_precision=False, sequence_parallel=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora", "full", "moelora"), zero0_low_precision=False, sequence_parallel=False
+    )
     needs_rows: ClassVar[bool] = True
 
     config: EwcConfig

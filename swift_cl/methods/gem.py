@@ -80,7 +80,9 @@ class Gem(Method):
     title: ClassVar[str] = "Gradient Episodic Memory, Averaged GEM"
     paper: ClassVar[str] = "https://arxiv.org/abs/1706.08840"
     config_class: ClassVar[type[MethodConfig]] = GemConfig
-    support: ClassVar[Support] = Support(full_deepspeed=(0,), sequence_parallel=False, liger=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora", "full", "moelora"), full_deepspeed=(0,), sequence_parallel=False, liger=False
+    )
     needs_rows: ClassVar[bool] = True
     config: GemConfig
 

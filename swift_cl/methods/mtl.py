@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from swift_cl.io import MethodState
-from swift_cl.methods.base import Method, MethodConfig, TaskContext, TrainingRow
+from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, TrainingRow
 
 ROWS = "rows"
 
@@ -20,6 +20,7 @@ class Mtl(Method):
     name: ClassVar[str] = "mtl"
     title: ClassVar[str] = "Multi-task (joint) training"
     config_class: ClassVar[type[MethodConfig]] = MtlConfig
+    support: ClassVar[Support] = Support(any_tuner=True)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 

@@ -116,6 +116,7 @@ class Replay(Method):
     title: ClassVar[str] = "Experience replay"
     paper: ClassVar[str] = "https://arxiv.org/abs/1811.11682"
     config_class: ClassVar[type[MethodConfig]] = ReplayConfig
+    support: ClassVar[Support] = Support(any_tuner=True)
     needs_rows: ClassVar[bool] = True
     config: ReplayConfig
 

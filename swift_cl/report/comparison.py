@@ -1,11 +1,44 @@
-"""Methods over several runs as a table for the terminal."""
+"""Methods over several runs: mean, spread, interval and winner, for the terminal and the reports."""
 
-from swift_cl.evaluation.comparison import Comparison
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swift_cl.errors import UserError
+from swift_cl.evaluation.comparison import Comparison, compare, read_run
 from swift_cl.evaluation.statistics import CONFIDENCE, Summary
+from swift_cl.report.overview import has_repeats
+from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import METRIC_NAMES, NOT_MEASURED, SUMMARY, Table, number
 from swift_cl.report.text import table_text
 
 WINNER = "*"
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The runs of a report, grouped by method.
+
+    Attributes:
+        comparisons: one a scorer; empty where no method has several runs.
+        refused: why runs that could be grouped do not compare, None where they do.
+    """
+
+    comparisons: list[Comparison]
+    refused: str | None = None
+
+    def of(self, scorer: str) -> Comparison | None:
+        """The comparison under a scorer."""
+        return next((entry for entry in self.comparisons if entry.scorer == scorer), None)
+
+
+def aggregate(runs: Sequence[ReportRun]) -> Aggregate:
+    """Group the runs by method, if any method has several (seeds, task orders)."""
+    if not has_repeats(runs):
+        return Aggregate([])
+    try:
+        return Aggregate(compare([read_run(run.dir) for run in runs]))
+    except UserError as error:
+        return Aggregate([], str(error))
 
 
 def comparison_table(entry: Comparison) -> Table:

@@ -8,11 +8,14 @@ from typing import Any
 from urllib.parse import quote
 
 import swift_cl
+from swift_cl.evaluation.comparison import Comparison
 from swift_cl.evaluation.metrics import FORMULAS
+from swift_cl.evaluation.statistics import CONFIDENCE
 from swift_cl.report.charts import Chart
+from swift_cl.report.comparison import Aggregate, aggregate, interval_text, mean_text
 from swift_cl.report.curves import task_curves
 from swift_cl.report.heatmap import Heatmap, heatmap
-from swift_cl.report.overview import Fact, cut_answers, facts, problems, sample_size, shared
+from swift_cl.report.overview import Fact, cut_answers, facts, methods, problems, sample_size, shared
 from swift_cl.report.questions import question_data, script_json
 from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import (
@@ -23,6 +26,7 @@ from swift_cl.report.tables import (
     direction,
     number,
     references,
+    routing_tables,
     scale,
     scorers,
 )
@@ -35,6 +39,15 @@ class Metric:
 
     text: str
     note: str | None = None
+
+
+@dataclass(frozen=True)
+class OverRuns:
+    """A method over its runs: their counts, and (mean ± spread, interval, whether it wins) for each of `SUMMARY`."""
+
+    method: str
+    counts: str
+    cells: list[tuple[str, str, bool]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ class ScorerView:
         csv: the metrics table.
         cell: how a cell comes from its answers, where results.json says so.
         facts: what the scorer recorded about how it scored, run by run where they differ.
+        over_runs: a row for each method, where a method has several runs.
+        refused: why runs of a method were not averaged.
     """
 
     name: str
@@ -68,6 +83,8 @@ class ScorerView:
     csv: str
     cell: str | None
     facts: list[tuple[str, str]]
+    over_runs: list[OverRuns]
+    refused: str | None
 
 
 def render_html(runs: Sequence[ReportRun]) -> str:
@@ -88,14 +105,18 @@ def render_html(runs: Sequence[ReportRun]) -> str:
     questions = question_data(runs)
     records = {run.label: training_record(run) for run in runs}
     styles = {run.label: index for index, run in enumerate(runs)}
+    over = aggregate(runs)
     return environment.get_template("report.html.j2").render(
         page=_page(runs, records),
         runs=runs,
+        methods=methods(runs),
         records=records,
         styles=styles,
-        scorers=[_scorer_view(runs, name, styles) for name in scorers([run.results for run in runs])],
+        scorers=[_scorer_view(runs, name, styles, over) for name in scorers([run.results for run in runs])],
         losses=[chart for group in by_order(runs) for chart in loss_curves(group, records, styles)],
+        confidence=f"{CONFIDENCE:.0%}",
         definitions=[(METRIC_NAMES[name], NOTES[name], FORMULAS[name]) for name in SUMMARY],
+        routing=routing_tables([run.results for run in runs]),
         questions=questions,
         question_json=None if questions is None else Markup(script_json(questions)),
         version=swift_cl.__version__,
@@ -132,7 +153,7 @@ def by_order(runs: Sequence[ReportRun]) -> list[list[ReportRun]]:
     return list(groups.values())
 
 
-def _scorer_view(runs: Sequence[ReportRun], name: str, styles: dict[str, int]) -> ScorerView:
+def _scorer_view(runs: Sequence[ReportRun], name: str, styles: dict[str, int], over: Aggregate) -> ScorerView:
     scored = [run for run in runs if name in run.results["scorers"]]
     results = [run.results for run in scored]
     metrics = [(run.label, _metrics(run.results["scorers"][name]["metrics"])) for run in scored]
@@ -153,7 +174,22 @@ def _scorer_view(runs: Sequence[ReportRun], name: str, styles: dict[str, int]) -
         csv_text(lines),
         next((entry["scorers"][name]["cell"] for entry in results if entry["scorers"][name].get("cell")), None),
         shared(scored, lambda run: run.results["scorers"][name].get("facts", {})),
+        _over_runs(over.of(name)),
+        over.refused,
     )
+
+
+def _over_runs(entry: Comparison | None) -> list[OverRuns]:
+    if entry is None:
+        return []
+    found = []
+    for method, metrics in entry.summaries.items():
+        counts = f"runs: {metrics[SUMMARY[0]].n}, seeds: {entry.seeds[method]}, orders: {entry.orders[method]}"
+        cells = [
+            (mean_text(metrics[name]), interval_text(metrics[name]), entry.winners[name] == method) for name in SUMMARY
+        ]
+        found.append(OverRuns(method, counts, cells))
+    return found
 
 
 def _metrics(values: dict[str, Any]) -> list[Metric]:

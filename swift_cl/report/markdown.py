@@ -1,8 +1,10 @@
 """report.md: the essentials as text."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from swift_cl.report.overview import cut_answers, facts, problems, sample_size
+from swift_cl.report.comparison import aggregate, comparison_table
+from swift_cl.report.overview import cut_answers, facts, methods, problems, sample_size
 from swift_cl.report.runs import ReportRun
 from swift_cl.report.tables import (
     REFERENCES,
@@ -11,6 +13,7 @@ from swift_cl.report.tables import (
     grid_tables,
     legend_lines,
     references,
+    routing_tables,
     summary_tables,
 )
 from swift_cl.report.training import TrainingRecord, training_record
@@ -25,7 +28,7 @@ def render_markdown(runs: Sequence[ReportRun], plots: Mapping[str, str]) -> str:
     results = [run.results for run in runs]
     records = [training_record(run) for run in runs]
     title = ", ".join(dict.fromkeys(str(entry["benchmark"]) for entry in results))
-    parts = [f"# {title}: {', '.join(run.label for run in runs)}"]
+    parts = [f"# {title}: {methods(runs)}"]
     parts.append("\n".join(f"- {fact.name}: {fact.full or fact.value}" for fact in facts(runs)))
     missing = problems(runs)
     if missing:
@@ -35,7 +38,12 @@ def render_markdown(runs: Sequence[ReportRun], plots: Mapping[str, str]) -> str:
         parts.append("## Problems\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append(sample_size(runs))
     parts += [_table(table) for table in summary_tables(results)]
+    over = aggregate(runs)
+    parts += [_over_runs(comparison_table(entry)) for entry in over.comparisons]
+    if over.refused:
+        parts.append(f"Not averaged over runs: {over.refused}")
     parts += [_table(table) for table in grid_tables(results)]
+    parts += [_table(table) for table in routing_tables(results)]
     shown = references(results)
     if len(shown) > 1:
         parts.append("\n".join(f"- {name}: {REFERENCES[name]}" for name in shown))
@@ -55,6 +63,10 @@ def _table(table: Table, level: int = 2) -> str:
     return f"{'#' * level} {table.title}\n\n{text}" + (f"\n\n{notes}" if notes else "")
 
 
+def _over_runs(table: Table) -> str:
+    return _table(replace(table, title=f"Over seeds and orders: {table.title}"))
+
+
 def _training(run: ReportRun, record: TrainingRecord) -> str:
     header = ["stage", "rows", "epochs", "steps", "last loss", "seconds", "processes", "FLOPs", "weights (sha256)"]
     rows = [[*line[:8], line[8][:12]] for line in record.table]
@@ -62,6 +74,6 @@ def _training(run: ReportRun, record: TrainingRecord) -> str:
     parts = [_table(Table(f"Training of {run.label}", header, rows))]
     if known:
         parts.append("\n".join(f"- {name}: {value}" for name, value in known))
-    if record.commands:
-        parts.append("```sh\n" + "\n".join(record.commands) + "\n```")
+    if record.commands or record.eval_commands:
+        parts.append("```sh\n" + "\n".join([*record.commands, *record.eval_commands]) + "\n```")
     return "\n\n".join(parts)

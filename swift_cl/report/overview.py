@@ -1,12 +1,14 @@
 """What a report says first: what was run, on how many questions, and what is missing."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 from typing import Any
 
+from swift_cl.evaluation.routes import method_of
 from swift_cl.report.runs import ReportRun
 
 
@@ -34,8 +36,8 @@ def facts(runs: Sequence[ReportRun]) -> list[Fact]:
     found = [
         Fact("Order of tasks", _each(runs, lambda run: " → ".join(run.order))),
         Fact("Model", short, model if model != short else None),
-        Fact("Methods" if len(runs) > 1 else "Method", ", ".join(run.label for run in runs)),
-        Fact("Seed", _each(runs, lambda run: run.results.get("seed"))),
+        Fact("Methods" if len(runs) > 1 else "Method", methods(runs)),
+        seeds(runs),
         Fact("Backend of the answers", _each(runs, lambda run: run.results.get("backend"))),
     ]
     expected = [run.results.get("answers", {}).get("expected") for run in runs]
@@ -44,6 +46,25 @@ def facts(runs: Sequence[ReportRun]) -> list[Fact]:
         value = asked[0] if len(set(asked)) == 1 else _each(runs, lambda run: asked[list(runs).index(run)])
         found.append(Fact("Questions a task", value))
     return found
+
+
+def methods(runs: Sequence[ReportRun]) -> str:
+    """`seq, replay`; with several runs of a method `seq (3 runs), replay (3 runs)`."""
+    counts = Counter(method_of(run.results) for run in runs)
+    return ", ".join(name if count == 1 else f"{name} ({count} runs)" for name, count in counts.items())
+
+
+def has_repeats(runs: Sequence[ReportRun]) -> bool:
+    """Whether a method has several runs."""
+    return len({method_of(run.results) for run in runs}) < len(runs)
+
+
+def seeds(runs: Sequence[ReportRun]) -> Fact:
+    """Each seed once; the labels of the runs say which run has which, where a method has several."""
+    found = list(dict.fromkeys(str(run.results.get("seed")) for run in runs))
+    if len(found) > 1 and not has_repeats(runs):
+        return Fact("Seed", _each(runs, lambda run: run.results.get("seed")))
+    return Fact("Seeds" if len(found) > 1 else "Seed", ", ".join(found))
 
 
 def shared(runs: Sequence[ReportRun], get: Callable[[ReportRun], Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -105,6 +126,11 @@ def sample_size(runs: Sequence[ReportRun]) -> str:
     if not counts:
         return "The number of answers behind each cell was not recorded."
     size = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    if has_repeats(runs):
+        return (
+            f"Each cell rests on n = {size} answers of one run. Differences between single runs may be chance; best "
+            "values are marked only among the means over seeds and orders, where intervals do not overlap."
+        )
     between = " between the methods" if len(runs) > 1 else ""
     return (
         f"Each cell rests on n = {size} answers of one run with one seed. Small differences{between} may be "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from swift_cl.evaluation.metrics import FORMULAS
+from swift_cl.evaluation.routes import method_of
 
 Results = dict[str, Any]
 NOT_MEASURED = "-"
@@ -59,19 +60,46 @@ def number(value: float | None) -> str:
 
 
 def labels(results: Sequence[Results]) -> list[str]:
-    """How the runs are called: by method; runs that share one by their names, else seeds, else positions too."""
-    methods = [str(entry["method"]) for entry in results]
+    """How the runs are called: by method; runs that share one by their seeds, else names, else positions too.
+
+    One that is told each question's task is called so: its numbers compare with no other's.
+    """
+    methods = [method_of(entry) for entry in results]
     found = []
     for position, (method, entry) in enumerate(zip(methods, results, strict=True), start=1):
-        same = [other for other in results if str(other["method"]) == method]
-        forms = [(entry.get(key), [other.get(key) for other in same]) for key in ("name", "seed")]
+        same = [other for other in results if method_of(other) == method]
+        forms = [(entry.get(key), [other.get(key) for other in same]) for key in ("seed", "name")]
         told = [
             f"seed {value}" if key == "seed" else str(value)
-            for key, (value, values) in zip(("name", "seed"), forms, strict=True)
+            for key, (value, values) in zip(("seed", "name"), forms, strict=True)
             if value is not None and len(set(map(str, values))) == len(same)
         ]
         found.append(method if len(same) == 1 else f"{method} ({told[0] if told else position})")
     return found
+
+
+def routing_tables(results: Sequence[Results]) -> list[Table]:
+    """For each run that chooses an adapter for every question: how often it was one of the question's own task."""
+    tables = []
+    for label, entry in zip(labels(results), results, strict=True):
+        routing = entry.get("routing")
+        if routing is None:
+            continue
+        order = [str(task) for task in entry["order"]]
+        rows = []
+        for task, cells in zip(order, routing["accuracy"], strict=True):
+            known = [cell for cell in cells if cell is not None]
+            mean = sum(known) / len(known) if known else None
+            rows.append([f"after {task}", *map(number, cells), number(mean)])
+        notes = [
+            f"{NOT_MEASURED}: the stage has no adapter of that task yet, or was not routed",
+            "with two adapters or more, chance is 100 % divided by their number",
+        ]
+        if routing["task_id_given"]:
+            notes = ["the task of every question was given, so nothing was chosen"]
+        title = f"routing of {label}: % of questions that an adapter of their own task answered"
+        tables.append(Table(title, ["model", *order, "mean"], rows, tuple(notes)))
+    return tables
 
 
 def scorers(results: Sequence[Results]) -> list[str]:

@@ -13,6 +13,7 @@ from swift_cl.report.tables import (
     legend_lines,
     number,
     problem_lines,
+    routing_tables,
     summary_tables,
 )
 
@@ -51,7 +52,7 @@ def table_text(table: Table) -> str:
 
 def render_text(results: Sequence[Results]) -> str:
     """All runs in one text: the base row and the stage rows of every method, then the metrics side by side."""
-    parts = [table_text(table) for table in (*grid_tables(results), *summary_tables(results))]
+    parts = [table_text(table) for table in (*grid_tables(results), *routing_tables(results), *summary_tables(results))]
     parts.append("\n".join(legend_lines()))
     problems = problem_lines(results)
     if problems:

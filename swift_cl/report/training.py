@@ -1,4 +1,4 @@
-"""What the stages of a run left on disk: commands, settings, hashes, time, and the loss over the steps."""
+"""What training and asking left on disk: commands, settings, hashes, time, tokens, and the loss over the steps."""
 
 import shlex
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
+from swift_cl.evaluation.journal import read_journal
 from swift_cl.io import read_json, read_jsonl
 from swift_cl.report.charts import Chart, Line, chart, nice_ticks
 from swift_cl.report.overview import as_text
@@ -52,12 +53,16 @@ class TrainingRecord:
         commands: `swift-cl sft ...`, one a stage, as planned; empty for a run that a recipe trained.
         notes: files that could not be read, and why.
         asked: how the questions were asked.
+        evaluations: what asking took, see `swift_cl.evaluation.journal`.
+        answer_tokens: length of all answers, or None.
     """
 
     stages: list[StageRecord]
     commands: list[str]
     notes: list[str]
     asked: dict[str, str]
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    answer_tokens: int | None = None
 
     def total(self, key: str) -> float | None:
         """Sum of a number of `train` over the stages; None where a stage has none."""
@@ -68,11 +73,22 @@ class TrainingRecord:
     def versions(self) -> dict[str, str]:
         """ms-swift that trained; several where the stages had different ones."""
         found = dict.fromkeys(record.swift_version for record in self.stages if record.swift_version)
-        return {"ms-swift": ", ".join(found)} if found else {}
+        asked = dict.fromkeys(str(row["backend"]) for row in self.evaluations if row.get("backend"))
+        told = {"ms-swift": ", ".join(found)} if found else {}
+        return told | ({"Answers by": ", ".join(asked)} if asked else {})
+
+    @property
+    def eval_commands(self) -> list[str]:
+        """The commands that asked, each followed by those of the servers that it started."""
+        found = []
+        for row in self.evaluations:
+            found.append(str(row.get("command")))
+            found += [f"# server: {server.get('command')}" for server in row.get("servers", [])]
+        return list(dict.fromkeys(found))
 
     @property
     def cost(self) -> list[tuple[str, str]]:
-        """Totals over the stages, those that are known."""
+        """Totals over the stages and the askings, those that are known."""
         found = []
         seconds, steps = self.total("seconds"), self.total("steps")
         if seconds is not None:
@@ -82,7 +98,18 @@ class TrainingRecord:
         flops = [record.flops for record in self.stages]
         if flops and None not in flops:
             found.append(("Training FLOPs", f"{sum(f for f in flops if f is not None):.3g}"))
+        if self.evaluations:
+            found.append(("Asking time", self._asking_time()))
+        if self.answer_tokens is not None:
+            found.append(("Answer tokens", f"{self.answer_tokens:,}"))
         return found
+
+    def _asking_time(self) -> str:
+        seconds = sum(float(row.get("seconds", 0)) for row in self.evaluations)
+        asked = sum(int(row.get("asked", 0)) for row in self.evaluations)
+        shared = max(len(row.get("runs", [])) for row in self.evaluations)
+        together = f", together with {shared - 1} more run{'s' if shared > 2 else ''}" if shared > 1 else ""
+        return f"{duration(seconds)} for {asked:,} questions, server starts included{together}"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -157,6 +184,8 @@ def training_record(run: ReportRun) -> TrainingRecord:
         _commands(plan) if isinstance(plan, dict) else [],
         notes,
         _asked(asked) if isinstance(asked, dict) else {},
+        read_journal(run.dir),
+        run.results.get("answers", {}).get("tokens"),
     )
 
 

@@ -4,16 +4,18 @@ import json
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.io import read_json, sha256_file, sha256_json
-from swift_cl.stages import WEIGHTS, Stage
+from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage
 
-LORA_KEYS = (("lora_A", 1), ("lora_B", 0))
+LORA_KEYS = (("lora_A", 1), ("lora_B", 0), ("moelora_A", 1), ("moelora_B", 0))
+NO_EFFECT = (".lora_B.", ".moelora_B.")
+"""Tensors that are all zero before the first step."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,32 @@ def stage_adapter(stage: Stage) -> Adapter:
     return Adapter(f"{stage.dir.name}-{stage.weights_sha256[:8]}", stage.weights_dir, stage.weights_sha256)
 
 
+def candidate_stages(stage: Stage, own: Iterable[Stage]) -> list[Stage]:
+    """For a stage that routes, its candidates in order, each as the stage that it would be if it had one of its own: an
+    adapter, and the system prompt that belongs to it. Empty for a stage that answers itself.
+
+    Args:
+        own: the stages of the run; a candidate with the adapter of one of them is that stage.
+
+    Raises:
+        UserError: a candidate is missing, or is not the one that the stage recorded.
+    """
+    by_hash = {other.weights_sha256: other for other in own}
+    found = []
+    for entry in (stage.route or {}).get("candidates", ()):
+        folder = (stage.dir / entry["dir"]).resolve()
+        if file_digest(folder / WEIGHTS) != entry["sha256"]:
+            raise UserError(
+                f"{folder / WEIGHTS}: differs from the hash in {stage.dir / STAGE_FILE}; it was changed or cut off, or "
+                "an earlier stage was trained again"
+            )
+        known = by_hash.get(entry["sha256"])
+        if known is None:
+            known = replace(stage, weights=entry["dir"], weights_sha256=entry["sha256"], probe=None, route=None)
+        found.append(replace(known, system=entry["system"]))
+    return found
+
+
 def weights_id(model: str) -> str:
     """An id of a model's weights that survives moving the folder: a hub id as it is, else a hash of the folder's
     configuration and weight files (the shards side by side: seconds for 15 GB)."""
@@ -92,11 +120,18 @@ def weights_id(model: str) -> str:
     if not files:
         raise UserError(f"{model}: no config.json and no weights in this folder, so it is not a model")
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda file: _digest(file, file.stat().st_size, file.stat().st_mtime_ns), files))
+        digests = list(pool.map(file_digest, files))
     return sha256_json([[file.name, digest] for file, digest in zip(files, digests, strict=True)])
 
 
-@lru_cache(maxsize=256)
+def file_digest(file: Path) -> str:
+    """Hash of a file that is asked for again and again, computed anew only when the file has changed."""
+    if not file.is_file():
+        raise UserError(f"{file}: file not found")
+    return _digest(file, file.stat().st_size, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
 def _digest(file: Path, size: int, changed: int) -> str:
     """Hash of a file, computed once for several runs on one base; size and time of change make a new one count."""
     return sha256_file(file)
@@ -114,11 +149,11 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def is_all_zero(adapter: Adapter) -> bool:
-    """Whether an adapter changes nothing: every lora_B is zero, as before its first step."""
+    """Whether an adapter changes nothing: every B is zero, as before its first step."""
     from safetensors import safe_open
 
     with safe_open(adapter.path / WEIGHTS, framework="np") as file:
-        names = [name for name in list(file.keys()) if ".lora_B." in name]
+        names = [name for name in list(file.keys()) if any(part in name for part in NO_EFFECT)]
         return bool(names) and all(not file.get_tensor(name).any() for name in names)
 
 

@@ -1,4 +1,7 @@
-"""Merge one stage's adapter into a copy of the base model, for backends that serve no adapters."""
+"""Merge one stage's adapter into a copy of the base model, for backends that serve no adapters.
+
+The merging process ends with this one, even when this one is killed outright.
+"""
 
 import contextlib
 import os
@@ -6,12 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.serving.adapters import Adapter, Deployment
+from swift_cl.serving.backends import WORKERS
 from swift_cl.serving.server import LOG_LINES, end_group
+
+MERGE = WORKERS / "merge_adapter.py"
 
 
 def check_mergeable(adapter: Adapter) -> None:
@@ -27,7 +33,7 @@ def merge_command(adapter: Adapter, base: Deployment, output: Path) -> list[str]
     """ms-swift's export with our plug-ins, told the model's settings so that none come from the adapter's folder."""
     settings = [text for key, value in base.model_args.items() for text in (f"--{key}", value)]
     return [
-        *(sys.executable, "-m", "swift_cl.cli.main", "export", "--model", base.model, *settings),
+        *(sys.executable, str(MERGE), "--model", base.model, *settings),
         *("--adapters", str(adapter.path), "--merge_lora", "true", "--output_dir", str(output)),
         *("--load_args", "false", "--exist_ok", "true"),
     ]
@@ -58,7 +64,8 @@ def merged(adapter: Adapter, base: Deployment, folder: Path, log: Path) -> Itera
 
 def _run(argv: list[str], log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    env: Mapping[str, str] = {k: v for k, v in os.environ.items() if k not in ("NPROC_PER_NODE", "NNODES")}
+    env = {k: v for k, v in os.environ.items() if k not in ("NPROC_PER_NODE", "NNODES")}
+    env["SWIFT_CL_SERVER_PARENT"] = str(os.getpid())
     with open(log, "wb") as stream:
         process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=env, start_new_session=True

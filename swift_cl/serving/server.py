@@ -75,6 +75,9 @@ class Server:
         port: the port to use; any free one by default.
         start_seconds: how long it may take to become ready.
         notify: gets one line for the user when it starts and when it is ready.
+
+    Attributes:
+        ready_seconds: how long it took to become ready.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Server:
         self.host = host
         self.command = make_command(host, self.port)
         self.names, self.log, self.start_seconds, self.notify = names, log, start_seconds, notify
+        self.ready_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._signals = contextlib.ExitStack()
 
@@ -167,7 +171,8 @@ class Server:
             else:
                 missing = [name for name in self.names if name not in listed]
                 if not missing:
-                    self.notify(f"the server is ready after {time.monotonic() - start:.0f} s: {', '.join(listed)}")
+                    self.ready_seconds = time.monotonic() - start
+                    self.notify(f"the server is ready after {self.ready_seconds:.0f} s: {', '.join(listed)}")
                     return
                 problem = f"it does not list {', '.join(missing)}"
             time.sleep(POLL_SECONDS)

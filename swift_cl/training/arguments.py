@@ -13,9 +13,12 @@ from swift_cl.methods.base import Method, MethodConfig, flags_of
 from swift_cl.methods.registry import methods
 from swift_cl.stages import Stage
 from swift_cl.training.checkpoints import resumable_checkpoint
-from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, first, flag_values
+from swift_cl.training.flags import COMMON_FLAGS, check_method_flags, complete_flags, first, flag_values, tuner_of
+from swift_cl.training.loss_scale import register_loss_scale
 from swift_cl.training.preflight import check_data, check_model, is_streaming, load_previous, start_of_stage
 from swift_cl.training.trainer import TRAINERS
+from swift_cl.tuners.base import Tuner
+from swift_cl.tuners.registry import names, tuners
 
 
 @dataclasses.dataclass
@@ -37,10 +40,10 @@ class _CommonArguments(SftArguments):
 
 
 def arguments_class() -> type[Any]:
-    """ms-swift's SftArguments plus our flags; one field a flag, made from the methods' config dataclasses."""
+    """ms-swift's SftArguments plus our flags; one field a flag, made from config dataclasses."""
     fields = []
-    for method in methods().values():
-        for flag, field in flags_of(method):
+    for flags in (*map(flags_of, methods().values()), *(tuner.flags() for tuner in tuners().values())):
+        for flag, field in flags:
             fields.append((flag, field.type, dataclasses.field(default=field.default, metadata=dict(field.metadata))))
     return dataclasses.make_dataclass("CLSftArguments", fields, bases=(_CommonArguments,))
 
@@ -72,14 +75,15 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
         UserError: anything that is wrong with flags, data files, the model or the previous stage.
     """
     method = check_method_flags(argv)
+    argv = complete_flags(argv)
     given = flag_values(argv)
     for model in given.get("model", []):
         check_model(model)
     previous = None
-    argv = list(argv)
     if method is not None:
         check_data(given.get("dataset", []), is_streaming(given))
         previous = load_previous(first(given, "cl_previous"))
+        register_loss_scale(first(given, "loss_scale") or "")
         adapter, start_model = start_of_stage(given, previous, method)
         if adapter is not None and "adapters" not in given:
             argv += ["--adapters", adapter]
@@ -91,6 +95,9 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
         raise UserError(f"not understood: {' '.join(remaining)}")
     if method is not None:
         check_support(args, method(method_config(args, method)))
+    tuner = tuner_of(given)
+    if tuner is not None:
+        check_tuner_support(args, tuner)
     return args, previous
 
 
@@ -104,9 +111,11 @@ def zero_stage(args: Any) -> int | None:
 def check_support(args: Any, method: Method) -> None:
     """Refuse what the method does not support, before a model is loaded."""
     support, name = method.supports(), method.name
-    if args.tuner_type not in support.tuners:
+    allowed_tuners = [*support.tuners, *(other for other in names() if support.any_tuner)]
+    if args.tuner_type not in allowed_tuners:
         raise UserError(
-            f"--tuner_type {args.tuner_type} does not work with method '{name}', allowed: {', '.join(support.tuners)}"
+            f"--tuner_type {args.tuner_type} does not work with method '{name}', allowed: "
+            f"{', '.join(dict.fromkeys(allowed_tuners))}"
         )
     stage = zero_stage(args)
     allowed = support.full_deepspeed if args.tuner_type == "full" else support.deepspeed
@@ -137,3 +146,24 @@ def check_support(args: Any, method: Method) -> None:
         raise UserError(f"--task_type {args.task_type} does not work with --cl_method, allowed: {', '.join(TRAINERS)}")
     if args.cached_dataset:
         raise UserError("--cached_dataset does not work with --cl_method: its rows are not readable; use --dataset")
+
+
+def check_tuner_support(args: Any, tuner: type[Tuner]) -> None:
+    """Refuse what the tuner does not support, before a model is loaded."""
+    support, stage = tuner.support, zero_stage(args)
+    if stage is not None and stage not in support.deepspeed:
+        raise UserError(
+            f"--deepspeed with ZeRO stage {stage} does not work with --tuner_type {tuner.name}, allowed: "
+            f"{', '.join(map(str, support.deepspeed)) or 'none'} (or no DeepSpeed)"
+        )
+    refused = {
+        "packing": args.packing and not support.packing,
+        "padding_free": args.padding_free and not support.packing,
+        "quant_bits": bool(args.quant_bits) and not support.quantized,
+        "sequence_parallel_size": args.sequence_parallel_size > 1 and not support.sequence_parallel,
+    }
+    for flag, wrong in refused.items():
+        if wrong:
+            raise UserError(f"--{flag} does not work with --tuner_type {tuner.name}")
+    if args.model_meta.is_multimodal and not support.multimodal:
+        raise UserError(f"--model {args.model}: a multimodal model does not work with --tuner_type {tuner.name}")

@@ -2,12 +2,15 @@
 
 import dataclasses
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.methods.base import Method, MethodConfig, flags_of
 from swift_cl.methods.registry import get_method, methods
+from swift_cl.settings import Flags, Settings
+from swift_cl.tuners.base import Tuner
+from swift_cl.tuners.registry import tuners
 
 COMMON_FLAGS = {
     "cl_method": "Continual-learning method, one of `swift-cl ls methods`. Without it the command is `swift sft`.",
@@ -15,6 +18,7 @@ COMMON_FLAGS = {
     "cl_previous": "Output folder of the stage before: its adapter is continued and its method state is read.",
     "cl_resume": "Continue from the newest complete checkpoint in --output_dir, if there is one (true or false).",
 }
+S = TypeVar("S", bound=Settings)
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -63,7 +67,61 @@ def check_method_flags(argv: Sequence[str]) -> type[Method] | None:
         if "cl_resume" in given:
             _parse("cl_resume", given["cl_resume"][0], bool)
         config_from_flags(method, given)
+    check_tuner_flags(flag_values(complete_flags(argv)))
     return method
+
+
+def complete_flags(argv: Sequence[str]) -> list[str]:
+    """The flags with those that the method and the tuner need, and the tuner's own defaults, added.
+
+    Raises:
+        UserError: one of them is given with another value.
+    """
+    argv = list(argv)
+    name = first(flag_values(argv), "cl_method")
+    if name is not None:
+        method = get_method(name)
+        needed = method(config_from_flags(method, flag_values(argv))).required_flags()
+        argv += _missing(flag_values(argv), needed, f"method '{name}'")
+    tuner = tuner_of(flag_values(argv))
+    if tuner is not None:
+        given = flag_values(argv)
+        argv += _missing(given, tuner.required, f"--tuner_type {tuner.name}")
+        argv += [part for flag, value in tuner.defaults.items() if flag not in given for part in (f"--{flag}", value)]
+    return argv
+
+
+def _missing(given: dict[str, list[str]], needed: Mapping[str, str], who: str) -> list[str]:
+    for flag, value in needed.items():
+        if flag in given and [text.lower() for text in given[flag]] != [value.lower()]:
+            raise UserError(f"--{flag} {' '.join(given[flag])} does not work with {who}, which needs {value}")
+    return [part for flag, value in needed.items() if flag not in given for part in (f"--{flag}", value)]
+
+
+def tuner_of(given: dict[str, list[str]]) -> type[Tuner] | None:
+    """The tuner of ours that the flags name, None where it is one of ms-swift's."""
+    return tuners().get(first(given, "tuner_type") or "lora")
+
+
+def check_tuner_flags(given: dict[str, list[str]]) -> None:
+    """Check every flag of a tuner of ours.
+
+    Raises:
+        UserError: unknown flag of a tuner, flag of another tuner, value out of range, flag that does not fit.
+    """
+    tuner = tuner_of(given)
+    for other in tuners().values():
+        own = [flag for flag, _ in other.flags()]
+        for flag in own:
+            if other is not tuner and flag in given:
+                used = first(given, "tuner_type") or "lora"
+                raise UserError(f"--{flag} is a flag of tuner {other.name!r}, but --tuner_type is {used!r}")
+        known = {*own, *other.swift_flags, *(name for method in methods().values() for name, _ in flags_of(method))}
+        for flag in given:
+            if own and flag.startswith(f"{other.prefix}_") and flag not in known:
+                raise UserError(f"--{flag} is unknown, {other.name} has: {', '.join(own)}{did_you_mean(flag, own)}")
+    if tuner is not None:
+        tuner.check_flags(settings_from_flags(tuner.flags(), tuner.config_class, given), given)
 
 
 def _check_owner(flag: str, method: type[Method] | None) -> None:
@@ -101,21 +159,26 @@ def _parse(flag: str, text: str, kind: Any) -> Any:
 
 def config_from_flags(method: type[Method], given: dict[str, list[str]]) -> MethodConfig:
     """The method's config from flags, validated."""
-    values = {}
-    for flag, field in flags_of(method):
+    return settings_from_flags(flags_of(method), method.config_class, given)
+
+
+def settings_from_flags(flags: Flags, config_class: type[S], given: dict[str, list[str]]) -> S:
+    """A config from flags, validated."""
+    values, fields = {}, list(flags)
+    for flag, field in fields:
         if flag in given:
             if len(given[flag]) != 1:
                 raise UserError(f"--{flag} needs one value, found {len(given[flag])}")
             values[field.name] = _parse(flag, given[flag][0], field.type)
-    config = method.config_class(**values)
-    check_choices(method, config)
+    config = config_class(**values)
+    _check_choices(fields, config)
     config.validate()
     return config
 
 
-def check_choices(method: type[Method], config: MethodConfig) -> None:
+def _check_choices(fields: Iterable[tuple[str, dataclasses.Field[Any]]], config: Settings) -> None:
     """Refuse a value outside a field's choices."""
-    for flag, field in flags_of(method):
+    for flag, field in fields:
         choices = field.metadata.get("choices")
         value = getattr(config, field.name)
         if choices and value not in choices:
@@ -131,9 +194,10 @@ def help_text() -> str:
     ]
     for name, text in COMMON_FLAGS.items():
         lines.append(f"  --{name}\n      {text}")
-    for method in methods().values():
-        own = list(flags_of(method))
-        lines.append(f"\n{method.name}: {method.title}" + ("" if own else " (no flags of its own)"))
+    groups = [(method.name, method.title, list(flags_of(method))) for method in methods().values()]
+    groups += [(f"--tuner_type {t.name}", t.title, list(t.flags())) for t in tuners().values()]
+    for name, title, own in groups:
+        lines.append(f"\n{name}: {title}" + ("" if own else " (no flags of its own)"))
         for flag, field in own:
             default = field.default if field.default is not dataclasses.MISSING else "required"
             choices = field.metadata.get("choices")

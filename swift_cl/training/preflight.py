@@ -11,8 +11,11 @@ from swift_cl.stream.files import first_rows, raw_rows, starts_with_mark
 from swift_cl.stream.readers import read_rows
 from swift_cl.stream.readers.messages import check_head
 from swift_cl.training.checkpoints import find_stage_dir, safetensors_complete
-from swift_cl.training.flags import TRUE, first
+from swift_cl.training.flags import TRUE, first, tuner_of
+from swift_cl.tuners.registry import tuner_of_type
 
+FIXED = {"lora_rank": "r", "lora_alpha": "lora_alpha"}
+"""Flags of `--tuner_type lora` that a later task may not change, and their keys in adapter_config.json."""
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
 
 
@@ -114,11 +117,25 @@ def check_adapter(adapter: Path, model: str | None, given: dict[str, list[str]],
     base = trained_on or config.get("base_model_name_or_path")
     if model and base and not _same_model(base, model):
         raise UserError(f"--adapters {adapter}: trained on base model {base}, but --model is {model}")
-    for flag, key in (("lora_rank", "r"), ("lora_alpha", "lora_alpha")):
-        if given.get(flag) and key in config and float(given[flag][0]) != float(config[key]):
+    tuner = tuner_of(given)
+    kind, had = (tuner.peft_type if tuner else None), config.get("peft_type")
+    if kind != had and (kind is not None or tuner_of_type(str(had)) is not None):
+        raise UserError(
+            f"--adapters {adapter}: an adapter of type {had}, which --tuner_type "
+            f"{first(given, 'tuner_type') or 'lora'} does not continue"
+        )
+    for flag, key in (tuner.fixed if tuner else FIXED).items():
+        if given.get(flag) and key in config and not _same_value(given[flag][0], config[key]):
             raise UserError(
                 f"--{flag} is {given[flag][0]}, but the adapter that is continued ({adapter}) has {config[key]}"
             )
+
+
+def _same_value(given: str, had: object) -> bool:
+    try:
+        return float(given) == float(str(had))
+    except ValueError:
+        return given.lower() == str(had).lower()
 
 
 def finished_stage(given: dict[str, list[str]], previous: Stage | None) -> Stage | None:

@@ -33,7 +33,7 @@ def record_probe(model: Any, template: Any, messages: list[dict[str, str]], devi
 
     Every rank must call it (under ZeRO-3 a forward gathers the weights).
     """
-    with _inference(model, template), torch.no_grad():
+    with _inference(model), inference_template(template), torch.no_grad():
         encoded = template.encode({"messages": [dict(message) for message in messages]})
         ids = torch.tensor([encoded["input_ids"]], device=device)
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
@@ -43,15 +43,24 @@ def record_probe(model: Any, template: Any, messages: list[dict[str, str]], devi
 
 
 @contextlib.contextmanager
-def _inference(model: Any, template: Any) -> Iterator[None]:
-    mode, training = template.mode, model.training
-    template.set_mode("transformers")
+def _inference(model: Any) -> Iterator[None]:
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        template.set_mode(mode)
         model.train(training)
+
+
+@contextlib.contextmanager
+def inference_template(template: Any) -> Iterator[None]:
+    """Within the block the template writes prompts as at inference: generation prompt at the end, no labels."""
+    mode = template.mode
+    template.set_mode("transformers")
+    try:
+        yield
+    finally:
+        template.set_mode(mode)
 
 
 @contextlib.contextmanager

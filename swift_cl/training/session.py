@@ -3,7 +3,9 @@
 import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,13 @@ from torch import Tensor, nn
 
 from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
+from swift_cl.methods._adapters import is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
-from swift_cl.stages import STATE_DIR, Stage, load_stage
+from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
 
@@ -57,6 +62,8 @@ class Session:
         self.micro_batch = 1
         self.global_batch = 1
         self._num_items: Tensor | int | None = None
+        self.channels: Sequence[str | None] | None = None
+        self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
 
@@ -71,6 +78,11 @@ class Session:
     @property
     def world_size(self) -> int:
         return distributed.world()[1]
+
+    @property
+    def this_stage(self) -> EarlierTask:
+        weights = self.output_dir / (ADAPTER_DIR if is_peft(self.model) else "model")
+        return EarlierTask(self.task, self.output_dir, weights, self.output_dir / STATE_DIR)
 
     @property
     def device(self) -> Any:
@@ -112,9 +124,23 @@ class Session:
                 encoded.append({})
         return encoded
 
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        with inference_template(self.template):
+            encoded = [self.template.encode({"messages": [dict(message) for message in prompt]}) for prompt in prompts]
+        return [list(row["input_ids"]) for row in encoded]
+
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.trainer.data_collator(list(encoded))
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if _is_model_input(k)}
+
+    def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:
+        assert self.open_engine is not None
+        assert self.trainer is None, "generation belongs into prepare_task"
+        return self.open_engine(weights, backend)
+
+    @property
+    def generated_dir(self) -> Path:
+        return self.output_dir / DATA_DIR / self.method.name
 
     @contextlib.contextmanager
     def statistics_mode(self) -> Iterator[None]:
@@ -213,12 +239,22 @@ class Session:
         """Before the micro-batches of an optimizer step."""
         self.method.window(self, batches)
 
-    def loss(self, inputs: Mapping[str, Any], loss: Tensor, outputs: Any, num_items: Tensor | int | None) -> Tensor:
-        """The Trainer's loss plus the method's term."""
-        self._num_items = num_items
+    def loss(
+        self,
+        inputs: Mapping[str, Any],
+        loss: Tensor,
+        outputs: Any,
+        num_items: Tensor | int | None,
+        channels: Sequence[str | None] | None = None,
+    ) -> Tensor:
+        """The Trainer's loss plus the method's term, or the term alone where the method replaces the loss."""
+        self._num_items, self.channels = num_items, channels
         if self.method.needs_logits and getattr(outputs, "logits", None) is None:
             raise UserError(f"method '{self.method.name}' needs the model's logits, but the loss was fused away")
         term = self.method.loss(self, self.model, inputs, loss, outputs)
+        if self.method.replaces_loss:
+            assert term is not None
+            return term
         return loss if term is None else loss + term
 
     def after_backward(self) -> None:
@@ -252,6 +288,30 @@ class Session:
             }
             save_method_state(self.output_dir / STATE_DIR, self.method.name, state)
         distributed.barrier()
+
+    def route_record(self) -> dict[str, Any] | None:
+        """What stage.json says about choosing an adapter at inference (rank 0, after `end_task`); see `Stage.route`."""
+        method = self.method
+        if not (method.routes() or method.needs_task_id()):
+            return None
+        systems = {task.task: load_stage(task.dir).system for task in self.earlier} | {self.task: self.system}
+        candidates = [
+            {
+                "name": candidate.name,
+                "tasks": list(candidate.tasks),
+                "dir": os.path.relpath(candidate.dir, self.output_dir),
+                "sha256": sha256_file(candidate.dir / WEIGHTS),
+                "system": systems[candidate.tasks[-1]],
+            }
+            for candidate in method.candidates(self)
+        ]
+        state = self.output_dir / STATE_DIR / f"{method.name}.json"
+        return {
+            "task_id_given": method.needs_task_id(),
+            "settings": vars(method.config),
+            "state_sha256": sha256_file(state) if state.is_file() else None,
+            "candidates": candidates,
+        }
 
     def exported_state(self, trainer: Any) -> dict[str, Tensor]:
         """Full live state with the method's exported weights in place; every rank must call it."""

@@ -17,19 +17,19 @@ from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, write_json, write_jsonl
 from swift_cl.methods.registry import get_method
-from swift_cl.stages import ADAPTER_DIR, WEIGHTS, Stage
+from swift_cl.stages import ADAPTER_DIR, DATA_DIR, WEIGHTS, Stage
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
+from swift_cl.training.engines import open_engine
 from swift_cl.training.flags import flag_values
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
 from swift_cl.training.trainer import TRAINERS
+from swift_cl.tuners.registry import tuners
 
 logger = get_logger()
-
-DATA_DIR = "cl_data"
 
 
 @contextmanager
@@ -57,11 +57,13 @@ class CLSft(SwiftSft):
         self._shared = shared
         args, self._previous = parse_stage_arguments(argv)
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
+        self._tuner = tuners().get(args.tuner_type)
         self._started = time.time()
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
         self.session.template = self.template
+        self.session.open_engine = self._open_engine
         self.session.micro_batch = args.per_device_train_batch_size
         self.session.global_batch = (
             args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.launched_processes()
@@ -76,6 +78,10 @@ class CLSft(SwiftSft):
         else:
             self.model, self.processor = self._shared
             self._prepare_generation_config()
+
+    def _open_engine(self, weights: Path | None, backend: str) -> Any:
+        base = self._base_model(Path(self.args.model))
+        return open_engine(self.args, self.model, self.processor, base, weights, backend)
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -146,7 +152,8 @@ class CLSft(SwiftSft):
 
         assert self._previous is not None
         folder = self._previous.weights_dir
-        live = {parameter_name(name): tensor for name, tensor in _named_as_saved(model).items()}
+        named = self._tuner.live_tensors(model) if self._tuner else _named_as_saved(model)
+        live = {parameter_name(name): tensor for name, tensor in named.items()}
         compared = 0
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
@@ -222,6 +229,7 @@ class CLSft(SwiftSft):
                     "processes": distributed.world()[1],
                 },
                 probe=probe,
+                route=self.session.route_record(),
             ).save()
         distributed.barrier()
 
@@ -271,7 +279,7 @@ class CLSft(SwiftSft):
         model = self.trainer.model
         if not isinstance(model, PeftModel) or self.args.deepspeed:
             return None
-        return model.unload(), self.processor
+        return (self._tuner.base_of(model) if self._tuner else model.unload()), self.processor
 
 
 def _named_as_saved(model: Any) -> dict[str, Any]:

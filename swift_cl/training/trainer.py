@@ -93,10 +93,11 @@ class CLTrainerMixin:
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         kept = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
+        channels = inputs.get("channel")
         loss, outputs = super().compute_loss(  # type: ignore[misc]
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
         )
-        loss = self.cl_session.loss(kept, loss, outputs, num_items_in_batch)
+        loss = self.cl_session.loss(kept, loss, outputs, num_items_in_batch, channels)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

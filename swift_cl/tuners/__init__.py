@@ -1,18 +1,11 @@
 """Tuners that ms-swift lacks, registered in its `tuners_map` when a command of ours starts."""
 
-import importlib.metadata
-
-ENTRY_POINT_GROUP = "swift_cl.tuners"
-
 
 def register_tuners() -> None:
-    """Register third-party tuners of the entry-point group `swift_cl.tuners` in ms-swift's table.
+    """Make ms-swift and PEFT know our tuners and those of the entry-point group `swift_cl.tuners`.
 
-    An entry point names a subclass of ms-swift's `Tuner`; its name becomes a value of `--tuner_type`.
+    Only in a process that trains or serves: it imports ms-swift, and with it torch.
     """
-    entries = list(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
-    if entries:
-        from swift.tuner_plugin import tuners_map
+    from swift_cl.tuners.bridge import register
 
-        for entry in entries:
-            tuners_map[entry.name] = entry.load()
+    register()

@@ -1,7 +1,6 @@
 """What a run will do, as pure data: nothing here starts, writes or downloads anything."""
 
 import json
-import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,18 +193,3 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
             if was.get(flag) != now.get(flag):
                 return f"--{flag} was {' '.join(was.get(flag, ['not set']))}, is {' '.join(now.get(flag, ['not set']))}"
     return f"{PLAN_FILE} differs"
-
-
-def preview(plans: list[RunPlan], eval_argv: list[str] | None) -> str:
-    """Every command, data set and path, as text that can be pasted into a shell."""
-    lines = []
-    for plan in plans:
-        lines.append(f"# {plan.method}, seed {plan.seed}: {' -> '.join(plan.order)} into {plan.run_dir}")
-        before: str | None = None
-        for stage in plan.stages:
-            argv = stage.argv + (["--cl_previous", before] if before else [])
-            lines.append("swift-cl sft " + shlex.join(argv))
-            before = stage.dir
-    if eval_argv is not None:
-        lines.append("swift-cl eval " + shlex.join(eval_argv))
-    return "\n".join(lines)

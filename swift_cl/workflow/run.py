@@ -18,16 +18,24 @@ from swift_cl.workflow.config import RunConfig
 from swift_cl.workflow.plan import PLAN_FILE, RunPlan, check_against_existing, flags, make_plans, training_file
 
 
-def check_rows(config: RunConfig, benchmark: Benchmark) -> None:
-    """Read every data file of the order (of a streamed one the head); a missing one or a wrong row is a `UserError`."""
+def check_rows(config: RunConfig, benchmark: Benchmark) -> dict[str, tuple[int | None, int]]:
+    """Read every data file of the order (of a streamed one the head).
+
+    Returns:
+        by task the number of training rows (None where they are streamed) and of test rows.
+
+    Raises:
+        UserError: a file is missing, or a row is wrong.
+    """
     tasks = tasks_of(config, benchmark)
     check_on_disk(benchmark, tasks)
+    counts: dict[str, tuple[int | None, int]] = {}
     for task in tasks:
         if config.streaming:
             task.check_streamed()
-        else:
-            task.train_rows()
-        task.test_rows()
+        train = None if config.streaming else len(task.train_rows())
+        counts[task.name] = train, len(task.test_rows())
+    return counts
 
 
 def check_evaluation(

@@ -50,7 +50,8 @@ def _run() -> None:
 
 # Python puts this file's folder first on the path, where its neighbours would hide packages of the same names.
 sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
-register_tuners()
+if __name__ in ("__main__", "__mp_main__"):  # not in the parent, which imports names from here and must stay light
+    register_tuners()
 
 if __name__ == "__main__":
     try:

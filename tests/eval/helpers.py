@@ -1,5 +1,7 @@
 """What several evaluation tests share: quick retries, right answers, and an evaluation against a mock endpoint."""
 
+from pathlib import Path
+
 from swift_cl.evaluation.client import RetryPolicy
 from swift_cl.evaluation.grid import EvalOptions, evaluate
 from swift_cl.evaluation.plan import GridOptions, load_grid
@@ -26,3 +28,11 @@ def go(run, mock, **options):
 
 def scorer(evaluation, index=0):
     return evaluation.results[index]["scorers"]["exact_match"]
+
+
+def alive(pid):
+    """Whether a process runs (a zombie that nobody reaps does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -41,6 +41,7 @@ class MockEndpoint:
         weights: model name -> name of the weights that really answer; default: its own.
         logprobs: whether log-probabilities are given.
         reported: the model name in every response; None for the one that was asked.
+        version: what it says at /version, None for an endpoint without that page.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class MockEndpoint:
         logprobs: bool = True,
         reported: Callable[[str], str] = lambda name: name,
         delay: float = 0.0,
+        version: str | None = None,
     ) -> None:
         self.models, self.answer, self.fault, self.weights = models, answer, fault, weights
         self.logprobs, self.reported, self.delay = logprobs, reported, delay
+        self.version = version
         self.requests: list[Body] = []
         self.times: list[float] = []
         self.answered: dict[str, int] = {}
@@ -74,6 +77,10 @@ class MockEndpoint:
                 pass
 
             def do_GET(self) -> None:
+                if self.path == "/version":
+                    found = (200, {"version": outer.version}) if outer.version else (404, {"detail": "Not Found"})
+                    outer._send(self, *found)
+                    return
                 outer._send(self, 200, {"object": "list", "data": [{"id": m, "object": "model"} for m in outer.models]})
 
             def do_POST(self) -> None:
@@ -166,6 +173,7 @@ class MockEndpoint:
             "created": 0,
             "model": self.reported(body["model"]),
             "choices": [choice],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4},
         }
         if fault is not None and fault.cut:
             data = json.dumps(reply).encode()

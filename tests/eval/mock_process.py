@@ -47,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
             seed = hashlib.sha256((body["model"] + body["messages"][-1]["content"]).encode()).digest()
             tops = [{"token": f"t{i}", "logprob": -seed[i] / 100, "bytes": None} for i in range(5)]
             choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
-        self.send({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]})
+        usage = {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [choice]}
+        self.send(reply | {"usage": usage})
 
     def log_message(self, *args):
         pass

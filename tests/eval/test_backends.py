@@ -137,7 +137,10 @@ def test_merged_stages_are_planned_one_by_one(make_run, packages):
         assert command(plan.deployment, ServerOptions("lmdeploy"), "127.0.0.1", 1, plan.names[0])
     assert plans[1].merge is not None
     text = " ".join(merge_command(plans[1].merge, plans[1].deployment, grid.run.dir / "out"))
-    assert f"export --model {grid.run.model} --model_type qwen2 --template qwen2_5 --torch_dtype float32" in text
+    assert (
+        f"worker/merge_adapter.py --model {grid.run.model} --model_type qwen2 --template qwen2_5 --torch_dtype float32"
+        in text
+    )
     assert f"--adapters {grid.stages[0].stage.weights_dir} --merge_lora true --output_dir {grid.run.dir}/out" in text
 
 

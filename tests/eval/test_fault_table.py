@@ -190,23 +190,27 @@ def test_other_weights_in_an_adapters_place(run, undisturbed, place):
         resume(run, mock, undisturbed)
 
 
+class OpenFile:
+    """Stands for `open`; a test says what `write` does."""
+
+    def __init__(self, path, *rest, **more):
+        self.stream = open(path, *rest, **more)  # noqa: SIM115 -- closed by __exit__
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *details):
+        self.stream.close()
+
+    def fileno(self):
+        return self.stream.fileno()
+
+
 def test_disk_full(run, undisturbed, monkeypatch):
     """The eighth answer finds half a line's room; later there is room again."""
     lines = []
 
-    class Full:
-        def __init__(self, path, *rest, **more):
-            self.stream = open(path, *rest, **more)  # noqa: SIM115 -- closed by __exit__
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *details):
-            self.stream.close()
-
-        def fileno(self):
-            return self.stream.fileno()
-
+    class Full(OpenFile):
         def write(self, line):
             lines.append(line)
             if len(lines) >= 8:
@@ -284,19 +288,7 @@ def test_half_a_line_is_cut_off_before_the_next(tmp_path, monkeypatch):
     row = {"id": "a", "turn": 0, "key": "k", "answer": "x", "finish": "stop"}
     store.append(row)
 
-    class Half:
-        def __init__(self, path, *rest, **more):
-            self.stream = open(path, *rest, **more)  # noqa: SIM115 -- closed by __exit__
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *details):
-            self.stream.close()
-
-        def fileno(self):
-            return self.stream.fileno()
-
+    class Half(OpenFile):
         def write(self, line):
             self.stream.write(line[:5])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

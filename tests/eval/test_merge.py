@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -19,7 +20,7 @@ from swift_cl.serving import backends
 from swift_cl.serving import merge as merge_module
 from swift_cl.serving.backends import Command, ServerOptions
 from swift_cl.serving.merge import merged
-from tests.eval.helpers import FAST, TURNS, go, names, scorer
+from tests.eval.helpers import FAST, TURNS, alive, go, names, scorer
 from tests.eval.mock_endpoint import MockEndpoint
 from tests.eval.test_fault_table import knows
 
@@ -91,6 +92,31 @@ def test_a_merge_without_weights_is_a_failure(adapter, tmp_path, monkeypatch):
     ):
         pass
     assert not (tmp_path / "m").exists()
+
+
+def test_a_merge_ends_with_the_run_that_was_killed(adapter, tmp_path):
+    """Not even SIGKILL of the run leaves its merge running: it watches the process that started it."""
+    marker = tmp_path / "merging"
+    worker = merge_module.MERGE.parent
+    merging = (
+        f"import sys, time, pathlib, os; sys.path.insert(0, {str(worker)!r}); from starter import watch_starter\n"
+        f"watch_starter(); pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    code = (
+        "import sys; from pathlib import Path; from swift_cl.serving.merge import _run\n"
+        f"_run([sys.executable, '-c', {merging!r}], Path({str(tmp_path / 'merge.log')!r}))"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code])
+    limit = time.monotonic() + 60
+    while not marker.exists() or not marker.read_text():
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+    pid = int(marker.read_text())
+    holder.kill()
+    holder.wait()
+    while alive(pid):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def test_an_interrupted_merge_leaves_nothing(adapter, tmp_path, monkeypatch):

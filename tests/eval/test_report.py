@@ -123,3 +123,46 @@ def test_report_command(tmp_path, capsys):
             main(["report", str(folder)])
         assert done.value.code == code
         assert "report.html" in capsys.readouterr().out
+
+
+def over_seeds(tmp_path):
+    """seq with Avg.ACC 70 and 80 (seeds 1 and 2), replay with 90 and 95: intervals [70, 80] and [90, 95]."""
+    runs = []
+    for method, values in (("seq", (70.0, 80.0)), ("replay", (90.0, 95.0))):
+        for seed, value in enumerate(values, start=1):
+            found = results(method, name=f"{method}{seed}") | {"seed": seed}
+            rows = ((value, value), (value, value))
+            scored = found["scorers"]["similarity"]
+            scored["matrix"] = [list(row) for row in rows]
+            scored["metrics"] = compute(Matrix(("2022", "2023"), rows, (10.0, 20.0)), True).as_json()
+            runs.append(save(tmp_path / found["name"], found))
+    return runs
+
+
+def test_runs_of_a_method_are_averaged_and_a_clear_winner_is_marked(tmp_path, capsys):
+    runs = over_seeds(tmp_path)
+    with pytest.raises(SystemExit) as done:
+        main(["report", *map(str, runs)])
+    assert done.value.code == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Avg.ACC", "replay", "2", "2", "1", "92.50", "±", "3.54", "[90.00,", "95.00]", "*"] in lines
+    assert ["Avg.ACC", "seq", "2", "2", "1", "75.00", "±", "7.07", "[70.00,", "80.00]"] in lines
+    markdown = (tmp_path / "report.md").read_text()
+    assert "## Over seeds and orders: similarity, higher is better" in markdown
+    assert "| Avg.ACC | replay | 2 | 2 | 1 | 92.50 ± 3.54 | [90.00, 95.00] | * |" in markdown
+    html = (tmp_path / "report.html").read_text()
+    assert '<td class="best">92.50 ± 3.54<sup>*</sup><small>[90.00, 95.00]</small></td>' in html
+    assert "<small>runs: 2, seeds: 2, orders: 1</small>" in html
+
+
+def test_runs_that_do_not_compare_are_not_averaged(tmp_path, capsys):
+    """The same method, seed and order twice: the report shows both, and says why it has no mean."""
+    runs = [save(tmp_path / "a", results(name="a")), save(tmp_path / "b", results(name="b"))]
+    with pytest.raises(SystemExit) as done:
+        main(["report", *map(str, runs)])
+    assert done.value.code == 0
+    assert "not averaged over runs:" in capsys.readouterr().out
+    for file in ("report.md", "report.html"):
+        text = (tmp_path / file).read_text()
+        assert "one run must not count twice" in text
+        assert "Over seeds and orders" not in text

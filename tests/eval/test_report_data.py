@@ -101,7 +101,9 @@ def test_n_is_said_where_it_differs(tmp_path):
     assert found.rows[2][2][0].n == 3
     assert "n = 4 to 6 answers" in sample_size([run])  # the null cell's 3 stand behind no number
     assert "between the methods" not in sample_size([run])
-    assert "between the methods" in sample_size([run, run])
+    other = run_of(tmp_path / "other", {"similarity": entry}, method="replay")
+    assert "between the methods" in sample_size([run, other])
+    assert "one run. Differences between single runs may be chance" in sample_size([run, run])
 
 
 def test_labels_are_unique():

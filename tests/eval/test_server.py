@@ -16,6 +16,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.serving import server as server_module
 from swift_cl.serving.backends import Command
 from swift_cl.serving.server import Server, reserve_port
+from tests.eval.helpers import alive
 
 FAKE = Path(__file__).with_name("fake_server.py")
 NAMES = ["base", "stage_1"]
@@ -34,14 +35,6 @@ def group_is_empty(group):
     except ProcessLookupError:
         return True
     return False
-
-
-def alive(pid):
-    """Whether a process runs (a zombie that nobody reaps does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def children_of(log, expected=3):
@@ -174,12 +167,11 @@ def test_a_signal_to_the_program_leaves_nothing(tmp_path, number):
 
 def test_worker_ends_when_its_starter_was_killed(tmp_path):
     """Not even SIGKILL of the program leaves a server: the worker watches its parent."""
-    worker = Path(server_module.__file__).parent / "worker" / "serve_adapters.py"
-    source = worker.read_text()
-    start = source.index("def end_with_parent")
-    watch = source[start : source.index('if __name__ == "__main__"')]
-    end = "print(os.getpid(), flush=True)\nend_with_parent(int(sys.argv[1]), 0.05)"
-    child = f"import os, signal, time, sys\n{watch}\n{end}"
+    worker = Path(server_module.__file__).parent / "worker"
+    child = (
+        f"import os, sys, time; sys.path.insert(0, {str(worker)!r}); from starter import end_with_parent\n"
+        "print(os.getpid(), flush=True); end_with_parent(int(sys.argv[1]), 0.05)"
+    )
     code = (
         "import os, subprocess, sys, time\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}, str(os.getpid())], start_new_session=True)\n"

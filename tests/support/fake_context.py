@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from swift_cl.io import MethodState
 from swift_cl.methods.base import EarlierTask, TrainingRow
+from tests.support.fake_engine import Engines
 
 
 class FakeGradients:
@@ -74,6 +75,14 @@ class FakeContext:
         self.notices: list[str] = []
         self.records: dict[str, Any] = {}
         self.rows: list[TrainingRow] = []
+        self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
+        self.channels: list[str | None] | None = None
+        self.engines: Engines | None = None
+        self.generated_dir = folder / "generated"
+
+    def engine(self, weights: Path | None, backend: str) -> Any:
+        assert self.engines is not None
+        return self.engines(weights, backend)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -96,6 +105,9 @@ class FakeContext:
 
     def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
         return [dict(row) for row in rows]
+
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        raise NotImplementedError
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         return {key: torch.stack([torch.as_tensor(row[key]) for row in encoded]) for key in encoded[0]}

@@ -35,7 +35,22 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "ewc": {"ewc_fisher_samples": 8},
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
+    "moe_lora": {"moe_lora_num_experts": 2},
+    "i_lora": {"i_lora_lambda": 0.9},
+    # The tiny model continues no lists, so nothing usable is generated; test_generated_rows.py has one that does.
+    "ssr": {"ssr_num_samples": 2, "ssr_embedder": "model", "ssr_max_new_tokens": 12, "ssr_min_fill": 0.0},
+    "pseudo_replay": {
+        "pseudo_replay_num_samples": 2,
+        "pseudo_replay_shots": 2,
+        "pseudo_replay_max_new_tokens": 12,
+        "pseudo_replay_min_fill": 0.0,
+    },
+    "lamol": {"lamol_max_new_tokens": 24, "lamol_max_rounds": 1, "lamol_min_fill": 0.0},
 }
+# Methods whose first task has more to learn than the task.
+MORE_THAN_THE_TASK = ("lamol",)
+# Methods that train on what an untouched base model generates, which the tiny one cannot do.
+NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
 
 def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
@@ -64,7 +79,9 @@ def train_stage(method: str, task: str, output_dir: Path, previous: Path | None 
     """Train one stage here; returns the finished `CLSft`."""
     os.environ.setdefault("LOG_LEVEL", "ERROR")
     from swift_cl.training.sft import CLSft
+    from swift_cl.tuners import register_tuners
 
+    register_tuners()
     sft = CLSft(stage_argv(method, task, output_dir, previous, **changes))
     sft.main()
     return sft

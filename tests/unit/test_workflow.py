@@ -1,6 +1,7 @@
 """`swift-cl run`: the plan is pure data, wrong settings are refused by name, a stale stage is recognised."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -17,7 +18,8 @@ from swift_cl.training.flags import flag_values
 from swift_cl.workflow import launch as launch_module
 from swift_cl.workflow.chain import finished
 from swift_cl.workflow.config import load_config
-from swift_cl.workflow.plan import RESERVED, flags, make_plans, preview
+from swift_cl.workflow.plan import RESERVED, StagePlan, flags, make_plans
+from swift_cl.workflow.preview import preview, rows_and_steps
 from swift_cl.workflow.run import prepare, train
 from tests.support.stages import make_adapter, make_stage
 from tests.support.two_tasks import ROW, finish, make_folder, write_config
@@ -454,6 +456,41 @@ def test_preview_of_hand_made_plans_is_text(folder: Path) -> None:
     plans = plans_of(folder)
     assert preview(plans, None).startswith("# seq, seed 42: a -> b into ")
     assert preview(plans, ["x y"]).endswith("swift-cl eval 'x y'")
+    assert "# stage 2 of 2, b: starts from stage_1_a" in preview(plans, None)
+
+
+@pytest.mark.parametrize(
+    ("train", "rows", "said"),
+    [
+        ({}, 10, "10 training rows, about 3 steps of 16; 4 test rows"),  # ms-swift: 16 rows a step, 3 epochs
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, 10, "about 9 steps of 4;"),
+        ({"per_device_train_batch_size": 3}, 10, "about 3 steps of 18;"),  # 6 micro-batches reach 16
+        ({"per_device_train_batch_size": 4, "num_train_epochs": 0.5}, 33, "about 2 steps of 16;"),
+        ({"max_steps": 7, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}, 10, "7 steps of 16;"),
+        ({"max_steps": 7}, None, "training rows are streamed, 7 steps of 16; 4 test rows"),
+    ],
+)
+def test_preview_counts_rows_and_steps(train: dict[str, Any], rows: int | None, said: str) -> None:
+    assert said in rows_and_steps(StagePlan("a", "dir", flags(train)), rows, 4)
+
+
+def test_preview_counts_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert "about 6 steps of 4;" in rows_and_steps(
+        StagePlan("a", "dir", flags({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1})), 8, 4
+    )
+
+
+def test_preview_of_a_run_says_rows_steps_and_questions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(folder, train={"num_train_epochs": 2})
+    with pytest.raises(SystemExit):
+        main(["run", str(folder / "run.yaml"), "--preview"])
+    out = capsys.readouterr().out
+    assert re.search(r"# stage 1 of 2, a: \d+ training rows, about \d+ steps of 16; \d+ test rows; starts from", out)
+    assert "starts from the base model\n" in out
+    # The base model and two stages.
+    rows = [int(found) for found in re.findall(r"; (\d+) test rows", out)]
+    assert f"# {sum(rows[:2]) * 3:,} dialogues: every test row, asked of the base model and of every stage" in out
 
 
 def test_plan_of_another_program_is_refused(folder: Path) -> None:

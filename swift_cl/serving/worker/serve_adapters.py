@@ -1,7 +1,8 @@
 """The server process: ms-swift's deploy pipeline with adapters that can be batched.
 
-Run by file path in any environment that has ms-swift 4.6, so it imports nothing of swift_cl. Flags: those of
-`swift deploy`. Differences (the last two are the transformers backend's):
+Run by file path in any environment that has ms-swift 4.6, so it imports nothing of swift_cl, except the tuners whose
+adapters PEFT does not know, with SWIFT_CL_TUNERS set. Flags: those of `swift deploy`. Differences (the last two are the
+transformers backend's):
 
 - It ends when the process that started it is gone, even by SIGKILL, and takes its children with it.
 - All adapters are loaded at start, so that one that does not fit stops the server at once and not at a request.
@@ -10,12 +11,11 @@ Run by file path in any environment that has ms-swift 4.6, so it imports nothing
 """
 
 import os
-import signal
-import threading
 import time
 from contextlib import nullcontext
 from typing import Any
 
+from starter import watch_starter  # type: ignore[import-not-found]
 from swift.infer_engine import AdapterRequest, TransformersEngine
 from swift.pipelines.infer.deploy import SwiftDeploy
 
@@ -74,6 +74,10 @@ class AdapterDeploy(SwiftDeploy):
     infer_engine: Any
 
     def __init__(self, args: Any = None) -> None:
+        if os.environ.get("SWIFT_CL_TUNERS"):
+            from swift_cl.tuners import register_tuners
+
+            register_tuners()
         super().__init__(args)
         if self.args.infer_backend == "transformers":
             mapping = self.args.adapter_mapping
@@ -85,20 +89,6 @@ class AdapterDeploy(SwiftDeploy):
             self.infer_engine = engine
         # ms-swift silently takes another port if the one asked for is in use.
         print(f"swift-cl server port {self.args.port}", flush=True)
-
-
-def end_with_parent(parent: int, poll_seconds: float = 1.0) -> None:
-    """Kill the own process group once `parent` is no longer the parent; runs in a thread for the server's life."""
-    while os.getppid() == parent:
-        time.sleep(poll_seconds)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
-
-
-def watch_starter() -> None:
-    """Start `end_with_parent` if the process was given a group of its own; else there is none that may be killed."""
-    starter = os.environ.get("SWIFT_CL_SERVER_PARENT")
-    if starter:
-        threading.Thread(target=end_with_parent, args=(int(starter),), daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Columns of a LLaMA-Factory data set, as `columns` of its dataset_info.json names them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 from pydantic import field_validator
 
 from swift_cl.errors import UserError
+from swift_cl.stream.files import object_row, table_rows
 from swift_cl.stream.images import image_files, with_images
 from swift_cl.stream.readers._options import Options
 from swift_cl.stream.readers.messages import tools_text
-from swift_cl.stream.rows import Row
+from swift_cl.stream.rows import Row, check_unique_ids, row_from_messages
+
+Messages = Callable[[dict[str, Any], str], list[dict[str, Any]]]
 
 # What LLaMA-Factory has and a stage of supervised fine-tuning cannot use.
 REFUSED = {
@@ -55,6 +59,25 @@ class TableOptions(Options):
         if value:
             raise ValueError("preference data are not supported, only question and answer")
         return value
+
+
+def read_table(
+    path: Path, limit: int | None, options: TableOptions, columns: Columns, messages_of: Messages
+) -> list[Row]:
+    """The rows of a table, numbered from 0.
+
+    Args:
+        messages_of: (row, where it stands) -> its dialogue.
+    """
+    raw_rows = table_rows(path)[:limit]
+    check_columns(path, raw_rows, columns)
+    rows = []
+    for number, value in enumerate(raw_rows):
+        where = f"{path}, row {number}"
+        raw = object_row(value, where)
+        row = row_from_messages(messages_of(raw, where), where, str(raw.get("id", f"{path.stem}-{number}")))
+        rows.append(with_extras(row, raw, columns, options.media_dir, path, where))
+    return check_unique_ids(path, rows)
 
 
 def check_columns(path: Path, rows: list[Any], columns: Columns) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
-from swift_cl.stream.files import object_row, table_rows, text_of
-from swift_cl.stream.readers._columns import Columns, TableOptions, check_columns, optional_text, with_extras
+from swift_cl.stream.files import text_of
+from swift_cl.stream.readers._columns import Columns, TableOptions, optional_text, read_table
 from swift_cl.stream.readers._options import INPUT, Prompt, fill
-from swift_cl.stream.rows import Row, check_unique_ids, row_from_messages
+from swift_cl.stream.rows import Row
 
 
 class AlpacaColumns(Columns):
@@ -43,12 +43,9 @@ class Options(TableOptions):
 def read(path: Path, limit: int | None = None, options: Options | None = None) -> list[Row]:
     """Read a JSON, JSON lines, CSV or Parquet file; rows are numbered from 0."""
     options = options or Options()
-    columns, raw_rows = options.columns, table_rows(path)[:limit]
-    check_columns(path, raw_rows, columns)
-    rows = []
-    for number, value in enumerate(raw_rows):
-        where = f"{path}, row {number}"
-        raw = object_row(value, where)
+    columns = options.columns
+
+    def dialogue(raw: dict[str, Any], where: str) -> list[dict[str, Any]]:
         instruction = text_of(raw, columns.prompt, where, empty=True)
         query = optional_text(raw, columns.query, where)
         text = "\n".join(part for part in (instruction, query) if part)
@@ -56,10 +53,9 @@ def read(path: Path, limit: int | None = None, options: Options | None = None) -
             raise UserError(f"{where}: the question is empty ({columns.prompt!r} and {columns.query!r})")
         messages = [*_history(raw, columns.history, where), fill(options.template, text)]
         messages.append(text_of(raw, columns.response, where))
-        dialogue = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(messages)]
-        row = row_from_messages(dialogue, where, str(raw.get("id", f"{path.stem}-{number}")))
-        rows.append(with_extras(row, raw, columns, options.media_dir, path, where))
-    return check_unique_ids(path, rows)
+        return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(messages)]
+
+    return read_table(path, limit, options, columns, dialogue)
 
 
 def _history(raw: dict[str, Any], column: str | None, where: str) -> list[str]:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
-from swift_cl.stream.files import object_row, table_rows
-from swift_cl.stream.readers._columns import Columns, TableOptions, check_columns, with_extras
+from swift_cl.stream.readers._columns import Columns, TableOptions, read_table
 from swift_cl.stream.readers._options import Options as _Options
-from swift_cl.stream.rows import Row, check_unique_ids, row_from_messages
+from swift_cl.stream.rows import Row
 
 
 class SharegptColumns(Columns):
@@ -56,18 +55,14 @@ class Options(TableOptions):
 def read(path: Path, limit: int | None = None, options: Options | None = None) -> list[Row]:
     """Read a JSON, JSON lines or Parquet file; rows are numbered from 0."""
     options = options or Options()
-    columns, raw_rows = options.columns, table_rows(path)[:limit]
-    check_columns(path, raw_rows, columns)
-    rows = []
-    for number, value in enumerate(raw_rows):
-        where = f"{path}, row {number}"
-        raw = object_row(value, where)
+    columns, tags = options.columns, options.tags
+
+    def dialogue(raw: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if columns.messages not in raw:
             raise UserError(f"{where}: no column {columns.messages!r}, found: {', '.join(raw) or 'none'}")
-        messages = _messages(raw[columns.messages], columns.messages, options.tags, where)
-        row = row_from_messages(messages, where, str(raw.get("id", f"{path.stem}-{number}")))
-        rows.append(with_extras(row, raw, columns, options.media_dir, path, where))
-    return check_unique_ids(path, rows)
+        return _messages(raw[columns.messages], columns.messages, tags, where)
+
+    return read_table(path, limit, options, columns, dialogue)
 
 
 def _messages(turns: Any, column: str, tags: Tags, where: str) -> list[dict[str, Any]]:

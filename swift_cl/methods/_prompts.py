@@ -1,0 +1,91 @@
+"""Forwards over prompts, in training and when routing: padded batches, a value a row, which tokens are the question."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from swift_cl.lazy import LazyModule
+from swift_cl.methods.base import TaskContext, TrainingRow
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = LazyModule("torch")
+
+Message = Mapping[str, Any]
+
+
+def padded(rows: Sequence[Sequence[int]], device: Any) -> "tuple[Tensor, Tensor]":
+    """(ids, mask) [rows, longest], padded on the right."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def first_question(row: TrainingRow) -> list[Message]:
+    """A row's messages up to its first question, which is what a router sees: no answer."""
+    messages: list[Message] = row["messages"]
+    last = next((i for i, message in enumerate(messages) if message["role"] == "user"), 0)
+    return list(messages[: last + 1])
+
+
+def without_text(messages: Sequence[Message]) -> list[Message]:
+    """The same messages with an empty last question: what the template writes around it."""
+    return [*messages[:-1], {**messages[-1], "content": ""}]
+
+
+def span_of_question(ids: Sequence[int], empty: Sequence[int]) -> tuple[int, int]:
+    """First and last + 1 position of what is not the template's, by the longest common prefix and suffix.
+
+    Args:
+        empty: the encoding of the same prompt with an empty question.
+
+    Returns:
+        A span that begins at 1 or later (the first token has nothing before it that could predict it); the whole rest
+        of the prompt where nothing differs.
+    """
+    shorter = min(len(ids), len(empty))
+    prefix = next((i for i in range(shorter) if ids[i] != empty[i]), shorter)
+    most = shorter - prefix
+    suffix = next((i for i in range(most) if ids[-1 - i] != empty[-1 - i]), most)
+    start, end = max(prefix, 1), len(ids) - suffix
+    return (start, end) if start < end else (1, len(ids))
+
+
+def over_rows(ctx: TaskContext, count: int, at_once: int, compute: "Callable[[list[int]], Tensor]") -> "Tensor":
+    """A vector for each of `count` rows, fp32 [count, width]; every rank must call it.
+
+    Batches, not rows, are dealt to the ranks, so that their composition, and with it the result, is that of one rank.
+
+    Args:
+        compute: positions of rows -> [their number, width].
+    """
+    batches = [list(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
+    result: Tensor | None = None
+    with torch.no_grad(), ctx.statistics_mode():
+        for first in range(0, len(batches), ctx.world_size):
+            # Under ZeRO-3 a forward needs all ranks, so one without a batch repeats the first and discards it.
+            number = first + ctx.rank
+            own = number if number < len(batches) else 0
+            vectors = compute(batches[own]).float()
+            if result is None:
+                result = torch.zeros(count, vectors.shape[1], device=ctx.device)
+            if number < len(batches):
+                result[batches[own]] = vectors.to(ctx.device)
+    return torch.zeros(0, 1) if result is None else ctx.all_reduce_sum(result)
+
+
+def mean_nll(model: Any, prompts: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], device: Any) -> "Tensor":
+    """For each prompt the mean of -log p(token | tokens before it) over its span, fp32 [rows]."""
+    ids, mask = padded(prompts, device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return torch.stack(
+        [
+            torch.nn.functional.cross_entropy(logits[row, start - 1 : end - 1].float(), ids[row, start:end])
+            for row, (start, end) in enumerate(spans)
+        ]
+    )

@@ -1,0 +1,58 @@
+"""lamol: one model learns to answer and to generate its own training rows, which stand for earlier tasks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from swift_cl.methods._lamol import LamolFamily, LamolFamilyConfig
+from swift_cl.methods.base import Support, TaskContext
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from swift_cl.methods._grouped_loss import Groups
+
+CHANNELS = {"new/qa": "qa", "pseudo/qa": "qa", "new/lm": "lm", "pseudo/lm": "lm"}
+
+
+@dataclass
+class LamolConfig(LamolFamilyConfig):
+    """Flags of `lamol`."""
+
+    def validate(self) -> None:
+        self.check("lamol")
+
+
+class Lamol(LamolFamily):
+    """L = L_QA + lambda L_LM, each a token mean of cross-entropy over own and generated rows together."""
+
+    name: ClassVar[str] = "lamol"
+    title: ClassVar[str] = "LAMOL: language modeling for lifelong language learning"
+    paper: ClassVar[str] = "https://arxiv.org/abs/1909.03329"
+    config_class: ClassVar[type[LamolFamilyConfig]] = LamolConfig
+    support: ClassVar[Support] = Support(sequence_parallel=False, liger=False)
+    config: LamolConfig
+
+    def __init__(self, config: LamolConfig) -> None:
+        super().__init__(config)
+        self._groups: Groups | None = None
+
+    def train_begin(self, ctx: TaskContext) -> None:
+        from swift_cl.methods._grouped_loss import Groups
+
+        self._groups = Groups(CHANNELS, {"qa": 1.0, "lm": self.config.lambda_})
+
+    def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
+        assert self._groups is not None
+        self._groups.window(ctx, batches)
+
+    def loss(
+        self, ctx: TaskContext, model: Any, inputs: Mapping[str, Any], loss: "Tensor", outputs: Any
+    ) -> "Tensor | None":
+        from swift_cl.methods._grouped_loss import answer_logits, token_losses
+
+        assert self._groups is not None
+        logits = answer_logits(self.name, inputs, outputs)
+        mask, groups = self._groups.index(inputs, ctx.channels)
+        sums = self._groups.sums(token_losses(logits, inputs["labels"], mask), groups)
+        return self._groups.total(ctx, sums, self.name)

@@ -1,0 +1,224 @@
+"""cia's instruction grouping: T7 by hand, which group a task joins, and to which one a question goes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from swift_cl.errors import UserError
+from swift_cl.io import MethodState, save_method_state
+from swift_cl.methods._instructions import Group, instructions, mean_similarity, similarity
+from swift_cl.methods._routing import Candidate, RouteRequest
+from swift_cl.methods.base import EarlierTask
+from swift_cl.methods.cia import Cia, CiaConfig
+from swift_cl.serving.routing.model import StageRouter
+from swift_cl.training.session import parameter_name
+from tests.support.fake_context import FakeContext
+from tests.support.tiny_lora import continued, stage_adapter
+
+WORD, PHRASE = "answer using one word", "answer using one phrase"
+CHINESE = "请根据新闻回答问题", "请根据报道回答问题"
+
+
+def rows(*texts: str, system: str = "stage") -> list[dict[str, Any]]:
+    head = {"role": "system", "content": system}
+    return [{"messages": [head, {"role": "user", "content": text}]} for text in texts]
+
+
+# --- similarity ------------------------------------------------------------------------------------------------------
+
+
+def test_t7_similarity_by_hand() -> None:
+    """Three shared words of weight 1, one each of weight ln 1.5 + 1; a stop-word list would give 0.503103."""
+    assert similarity(WORD, PHRASE) == pytest.approx(0.602975, abs=1e-6)
+    assert similarity(WORD, WORD) == 1.0
+    assert similarity("Answer using one WORD", WORD) == pytest.approx(1.0)
+    assert similarity("alpha beta", "gamma delta") == 0.0
+    assert similarity("", "gamma") == 0.0
+    assert mean_similarity([WORD], Group("g", ["t"], {PHRASE: 1, WORD: 1}), "word") == pytest.approx(0.801487, abs=1e-6)
+
+
+def test_similarity_is_that_of_scikit_learn() -> None:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    for one, other in ((WORD, PHRASE), ("one one two three", "two three three four five"), ("ab cd", "cd")):
+        a, b = TfidfVectorizer().fit_transform([one, other]).toarray()
+        assert similarity(one, other) == pytest.approx(float(a @ b))
+        a, b = TfidfVectorizer(analyzer="char", ngram_range=(1, 2)).fit_transform([one, other]).toarray()
+        assert similarity(one, other, "char") == pytest.approx(float(a @ b))
+
+
+def test_texts_without_word_borders_are_compared_by_characters() -> None:
+    """To a word tokenizer a Chinese sentence is one word: two that differ in two characters have nothing in common."""
+    found = similarity(*CHINESE)
+    assert found == similarity(*CHINESE, "char")
+    assert 0.5 < found < 0.9
+
+
+def test_what_the_instruction_of_a_row_is() -> None:
+    own = rows("q", system="mine") + rows("r", system="stage")
+    assert instructions(own, "stage", "auto") == {"mine": 1, "r": 1}
+    assert instructions(own, "stage", "first_user") == {"q": 1, "r": 1}
+    # One prompt for all rows is the stage's or the template's: at inference no question brings it along.
+    assert instructions(rows("q", "q", "r", system="default"), None, "auto") == {"q": 2, "r": 1}
+    assert instructions(rows("x" * 300), "stage", "auto") == {"x" * 256: 1}
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def adapters(folder: Path, *tasks: str) -> list[EarlierTask]:
+    """Finished stages with adapters of different numbers."""
+    found = []
+    for number, task in enumerate(tasks):
+        torch.manual_seed(number)
+        stage_adapter(folder / task)
+        found.append(EarlierTask(task, folder / task, folder / task / "t0" / "adapter", folder / task / "cl_state"))
+    return found
+
+
+def grouped(
+    model: Any, earlier: list[EarlierTask], state: MethodState | None, texts: list[dict[str, Any]], **settings: Any
+) -> tuple[Cia, FakeContext]:
+    """A task's method after its group was found."""
+    method = Cia(CiaConfig(grouping=True, **settings))
+    ctx = NamedContext(model, task=f"t{len(earlier)}", state=state)
+    ctx.earlier, ctx.system, ctx.rows = earlier, "stage", texts
+    method.prepare_model(ctx, model)
+    method.train_begin(ctx)
+    return method, ctx
+
+
+class NamedContext(FakeContext):
+    """Names parameters as the session does."""
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {parameter_name(name): parameter for name, parameter in super().parameters.items()}
+
+
+def values(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_tasks_join_groups_by_the_threshold_and_start_from_their_adapter(tmp_path: Path) -> None:
+    stages = adapters(tmp_path, "a", "b")
+    first, ctx = grouped(continued(tmp_path / "a"), [], None, rows(PHRASE, WORD))
+    state = first.end_task(ctx)
+    assert state.meta["groups"] == [{"name": "group_1", "tasks": ["t0"], "texts": [[PHRASE, 1], [WORD, 1]]}]
+    stages[0] = EarlierTask("t0", stages[0].dir, stages[0].weights_dir, stages[0].state_dir)
+
+    # 0.801487: a new group at 0.9, whose average is off.
+    model = continued(tmp_path / "a")
+    second, ctx = grouped(model, stages[:1], state, rows(WORD))
+    state = second.end_task(ctx)
+    assert [(g["name"], g["tasks"]) for g in state.meta["groups"]] == [("group_1", ["t0"]), ("group_2", ["t1"])]
+    assert second.export(ctx, ctx.weights()).keys() == ctx.weights().keys()
+    assert second._run is None
+    # The same group at 0.8, whose average is on.
+    same, ctx = grouped(continued(tmp_path / "a"), stages[:1], first.end_task(ctx), rows(WORD), sim_threshold=0.8)
+    assert same._run is not None
+    assert same.end_task(ctx).meta["groups"][0]["tasks"] == ["t0", "t1"]
+
+    # The third task goes on with the first one's adapter, though it was loaded with the second one's.
+    stages[1] = EarlierTask("t1", stages[1].dir, stages[1].weights_dir, stages[1].state_dir)
+    model = continued(tmp_path / "b")
+    third, ctx = grouped(model, stages, state, rows(PHRASE, WORD), sim_threshold=0.5)
+    wanted = values(continued(tmp_path / "a"))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in values(model).items())
+    assert third._run is not None
+    assert all(torch.equal(third._run.ema[parameter_name(name)], tensor) for name, tensor in wanted.items())
+
+
+def test_a_new_group_begins_with_the_latest_adapter_or_afresh(tmp_path: Path) -> None:
+    (stage,) = adapters(tmp_path, "t0")
+    state = MethodState(meta={"groups": [{"name": "group_1", "tasks": ["t0"], "texts": [[PHRASE, 1]]}]})
+    before = values(continued(tmp_path / "t0"))
+    latest, fresh, again = (continued(tmp_path / "t0") for _ in range(3))
+    grouped(latest, [stage], state, rows("nothing alike"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(latest).items())
+    for model in (fresh, again):
+        grouped(model, [stage], state, rows("nothing alike"), new_group_init="fresh")
+    assert all((tensor == 0).all() for name, tensor in values(fresh).items() if "lora_B" in name)
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in values(fresh).items())
+    assert all(torch.equal(tensor, values(again)[name]) for name, tensor in values(fresh).items())
+
+
+def test_the_codebook_keeps_the_most_frequent_texts() -> None:
+    group = Group("g")
+    group.add("a", {"x": 2, "y": 1}, 2)
+    group.add("b", {"z": 3, "y": 2}, 2)
+    assert (group.tasks, group.texts) == (["a", "b"], {"y": 3, "z": 3})
+
+
+def test_a_chain_begun_without_groups_is_refused(tmp_path: Path) -> None:
+    (stage,) = adapters(tmp_path, "t0")
+    with pytest.raises(UserError, match="was trained without it"):
+        grouped(continued(tmp_path / "t0"), [stage], MethodState(meta={"groups": []}), rows(WORD))
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+def router(tmp_path: Path, **settings: Any) -> StageRouter:
+    groups = [
+        {"name": "group_1", "tasks": ["a", "c"], "texts": [["translate this text", 1], ["translate that text", 1]]},
+        {"name": "group_2", "tasks": ["b"], "texts": [["how does the reviewer feel", 5]]},
+    ]
+    save_method_state(tmp_path / "cl_state", "cia", MethodState(meta={"groups": groups}))
+    candidates = [Candidate(g["name"], tuple(g["tasks"]), tmp_path) for g in groups]  # type: ignore[arg-type]
+    model: Any = type("NoModel", (), {"cache": {}})()
+    return StageRouter(Cia(CiaConfig(grouping=True, **settings)), tmp_path, ["a", "b", "c"], candidates, model)
+
+
+def asked(text: str, system: str | None = None) -> RouteRequest:
+    return RouteRequest(({"role": "user", "content": text},), {"group_1": None, "group_2": None}, system)
+
+
+def test_a_question_goes_to_the_nearest_instructions(tmp_path: Path) -> None:
+    found = router(tmp_path).route([asked("translate a text"), asked("what does the reviewer say")])
+    assert [route.chosen for route in found] == ["group_1", "group_2"]
+    wanted = sum(similarity("translate a text", f"translate {t} text") for t in ("this", "that")) / 2
+    assert found[0].scores == {"group_1": pytest.approx(wanted), "group_2": 0.0}
+    # A row's own system prompt is its instruction, unless it is told otherwise.
+    both = asked("translate a text", "how does the reviewer feel")
+    assert [router(tmp_path, instruction=i).route([both])[0].chosen for i in ("auto", "first_user")] == [
+        "group_2",
+        "group_1",
+    ]
+
+
+def test_what_answers_a_question_that_matches_nothing(tmp_path: Path) -> None:
+    odd = asked("7 + 5 = ?")
+    assert router(tmp_path).route([odd])[0].chosen == "group_1"
+    assert router(tmp_path, no_match="last").route([odd])[0].chosen == "group_2"
+    with pytest.raises(UserError, match=r"at most 0\.000, the threshold is 0\.9"):
+        router(tmp_path, no_match="error").route([odd])
+    near = asked("how does the reviewer feel")
+    assert router(tmp_path, no_match="error").route([near])[0].chosen == "group_2"
+
+
+def test_candidates_are_the_groups_with_the_adapter_of_their_last_task(tmp_path: Path) -> None:
+    method = Cia(CiaConfig(grouping=True))
+    method._groups = [Group("group_1", ["a", "c"]), Group("group_2", ["b"])]
+    ctx = FakeContext(task="c", earlier=["a", "b"], folder=tmp_path)
+    ctx.this_stage = EarlierTask("c", tmp_path / "c", tmp_path / "c" / "adapter", tmp_path / "c" / "cl_state")
+    assert method.candidates(ctx) == [
+        Candidate("group_1", ("a", "c"), tmp_path / "c" / "adapter"),
+        Candidate("group_2", ("b",), tmp_path / "b" / "adapter"),
+    ]
+    assert (method.routes(), Cia(CiaConfig()).routes()) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grouping": True, "sim_threshold": 1.5}, r"--cia_sim_threshold is 1.5, allowed: a number in \[0, 1\]"),
+        ({"grouping": True, "codebook_max": 0}, "--cia_codebook_max is 0, allowed: a whole number >= 1"),
+        ({"no_match": "last"}, "--cia_no_match is 'last', allowed: only with --cia_grouping true"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CiaConfig(**settings).validate()

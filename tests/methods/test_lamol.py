@@ -1,0 +1,166 @@
+"""lamol's rows: what is trained, what is asked of whom, what is read back (section 2 of the specification)."""
+
+import pytest
+
+from swift_cl.errors import UserError
+from swift_cl.generation.screen import Rejected
+from swift_cl.methods._gen_rows import GenRows
+from swift_cl.methods.lamol import Lamol, LamolConfig
+from tests.support.fake_engine import said
+from tests.support.synthesised import kind_rows, stages
+
+
+def lamol(**settings):
+    def make():
+        config = LamolConfig(**{"gamma": 0.2, **settings})
+        config.validate()
+        return Lamol(config)
+
+    return make
+
+
+def inventive(prompt, seed):
+    """Generates a row of the task that it is asked for."""
+    task = prompt.messages[1]["content"].partition(":")[2]
+    return said(f"{task} question {seed}\n__ans__\n{task} answer {seed}")
+
+
+def chat(system, *turns):
+    roles = ("user", "assistant")
+    return [{"role": "system", "content": system}] + [
+        {"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)
+    ]
+
+
+def by_channel(rows, channel):
+    return [row["messages"] for row in rows if row["channel"] == channel]
+
+
+def test_a_row_as_generation_row():
+    form = GenRows("t1", "be brief")
+    row = form.gen_row(chat("be brief", "A?", "b"))
+    assert row == {"messages": chat("", "__gen__:t1", "A?\n__ans__\nb")}
+    assert form.row(form.parse("A?\n__ans__\nb")) == {"messages": chat("be brief", "A?", "b")}
+    several = chat("be brief", "A?", "b", "C?\n", " d")
+    assert form.text(several) == "A?\n__ans__\nb\n__user__\nC?\n\n__ans__\n d"
+    assert form.row(form.parse(form.text(several))) == {"messages": several}
+
+
+def test_a_row_with_its_system_prompt():
+    form = GenRows(None, None)
+    row = form.gen_row(chat("be\nbrief", "A?", "b"))
+    assert row == {"messages": chat("", "__gen__", "__sys__\nbe\nbrief\n__user__\nA?\n__ans__\nb")}
+    assert form.row(form.parse(row["messages"][2]["content"])) == {"messages": chat("be\nbrief", "A?", "b")}
+
+
+@pytest.mark.parametrize("text", ["no answer", "a\n__ans__\nb\n__ans__\nc", "a\n__ans__\nb\n__user__\nc"])
+def test_text_that_is_no_row(text):
+    with pytest.raises(Rejected, match="separators"):
+        GenRows("t", "s").parse(text)
+    with pytest.raises(Rejected, match="separators"):
+        GenRows(None, None).parse(text)
+
+
+@pytest.mark.parametrize(
+    "messages", [chat("s", "says __ans__", "b"), chat("s", "a", "__gen__:x"), chat("s", "a"), chat("s", "a", "b", "c")]
+)
+def test_rows_that_cannot_be_read_back_have_no_generation_row(messages):
+    assert GenRows("t", "s").gen_row(messages) is None
+
+
+def test_first_task_trains_questions_and_generation(tmp_path):
+    ((rows, ctx, state),) = stages(lamol(), tmp_path, ["one"])
+    assert ctx.engines.opened == []
+    own = [row["messages"] for row in ctx.rows]
+    assert by_channel(rows, "new/qa") == own
+    teaching = by_channel(rows, "new/lm")
+    assert len(rows) == 2 * len(own)
+    assert teaching[0] == chat("", "__gen__:one", f"{own[0][1]['content']}\n__ans__\n{own[0][2]['content']}")
+    assert state.rows["tasks"] == [{"task": "one", "rows": 20, "system": "You sort things.", "labels": None}]
+
+
+def test_old_tasks_are_generated_by_the_previous_model_with_their_own_prompts(tmp_path):
+    tasks = ["one", "two", "three", "four"]
+    rows = {task: kind_rows(task, 83, f"system of {task}") for task in tasks}  # 0.2 x 83 = 16.6: 17 rows
+    found = stages(lamol(), tmp_path, tasks, rows=rows, latest=inventive)
+    mixed, ctx, state = found[3]
+    newest = ctx.earlier[-1].weights_dir
+    assert ctx.engines.opened == [newest], "the previous stage's weights, and nothing else"
+    engine = ctx.engines.engines[newest]
+    asked = {tuple(message["content"] for message in prompt.messages) for prompt in engine.prompts}
+    assert asked == {("", f"__gen__:{task}") for task in tasks[:3]}
+    sampling = engine.calls[0][1]
+    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.stop) == (1.0, 20, 1.0, ())
+    pseudo = by_channel(mixed, "pseudo/qa")
+    systems = [messages[0]["content"] for messages in pseudo]
+    assert {name: systems.count(name) for name in systems} == {
+        "system of one": 6, "system of two": 6, "system of three": 5
+    }  # fmt: skip
+    teaching = by_channel(mixed, "pseudo/lm")
+    assert len(teaching) == 17
+    assert teaching[0][1]["content"] == "__gen__:one"
+    assert teaching[0][2]["content"] == f"{pseudo[0][1]['content']}\n__ans__\n{pseudo[0][2]['content']}"
+    assert [meta["task"] for meta in state.rows["tasks"]] == tasks
+    assert ctx.records["manifest"]["generated"] == {"one": 6, "two": 6, "three": 5}
+
+
+def test_a_task_with_several_system_prompts_generates_them(tmp_path):
+    one = kind_rows("one", 10, "first") + kind_rows("one", 10, "second")
+    say = lambda prompt, seed: said(f"__sys__\nfirst\n__user__\nquestion {seed}\n__ans__\nanswer")  # noqa: E731
+    rows = {"one": one, "two": kind_rows("two", 10)}
+    found = stages(lamol(label_filter="off"), tmp_path, ["one", "two"], rows=rows, latest=say)
+    assert found[0][2].rows["tasks"][0]["system"] is None
+    assert by_channel(found[0][0], "new/lm")[10][2]["content"].startswith("__sys__\nsecond\n__user__\n")
+    pseudo = by_channel(found[1][0], "pseudo/qa")
+    assert len(pseudo) == 2
+    assert pseudo[0][0] == {"role": "system", "content": "first"}
+    assert pseudo[0][1]["content"].startswith("question ")
+
+
+def test_one_prompt_for_all_tasks(tmp_path):
+    say = lambda prompt, seed: said(f"__sys__\nany\n__user__\nquestion {seed}\n__ans__\nanswer")  # noqa: E731
+    found = stages(lamol(token="shared"), tmp_path, ["one", "two", "three"], latest=say)
+    mixed, ctx, _ = found[2]
+    asked = {prompt.messages[1]["content"] for prompt in ctx.engines.engines[ctx.earlier[-1].weights_dir].prompts}
+    assert asked == {"__gen__"}
+    assert len(by_channel(mixed, "pseudo/qa")) == 4
+    assert by_channel(mixed, "pseudo/lm")[0][2]["content"].startswith("__sys__\nany\n__user__\nquestion")
+
+
+def test_answers_of_a_closed_set(tmp_path):
+    rows = {"one": kind_rows("one", 20), "two": kind_rows("two", 10)}
+    for i, row in enumerate(rows["one"]):
+        row["messages"][2]["content"] = "no" if i % 2 else "yes"
+    answers = ["yes", "maybe", "no.", "yes", "no", "yes", "no"]
+    for label_filter, expected in (("auto", ["yes", "no"]), ("off", ["yes", "maybe"])):
+        left = [said(f"question {i}\n__ans__\n{answer}") for i, answer in enumerate(answers)]
+        found = stages(lamol(label_filter=label_filter), tmp_path / label_filter, ["one", "two"], rows=rows,
+                       latest=lambda prompt, seed, left=left: left.pop(0))  # fmt: skip
+        assert [messages[2]["content"] for messages in by_channel(found[1][0], "pseudo/qa")] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": 0.0}, r"--lamol_gamma is 0.0, allowed: a number in \(0, 1\]"),
+        ({"lambda_": 0.0}, "--lamol_lambda is 0.0, allowed: a number > 0"),
+        ({"top_k": -1}, "--lamol_top_k is -1"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        lamol(**settings)()
+
+
+def test_a_task_name_that_cannot_stand_in_a_prompt(tmp_path):
+    with pytest.raises(UserError, match="--cl_task is 'a b', but method 'lamol' writes it into prompts"):
+        stages(lamol(), tmp_path, ["a b"])
+
+
+def test_rows_with_separators_are_left_out_and_said(tmp_path):
+    rows = kind_rows("one", 20)
+    rows[0]["messages"][2]["content"] = "an __ans__ inside"
+    ((mixed, ctx, _),) = stages(lamol(), tmp_path, ["one"], rows={"one": rows})
+    assert len(by_channel(mixed, "new/lm")) == 19
+    assert len(by_channel(mixed, "new/qa")) == 20
+    assert ctx.notices[0].startswith("1 of 20 rows of task 'one' have no generation row")
