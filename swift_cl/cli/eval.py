@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swift_cl.cli.eval_flags import (
     add_asking_flags,
@@ -18,6 +18,9 @@ from swift_cl.cli.eval_flags import (
     options_from,
 )
 from swift_cl.cli.exits import guarded
+
+if TYPE_CHECKING:
+    from swift_cl.evaluation.grid import Evaluation
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,11 +46,23 @@ def run(args: argparse.Namespace) -> int:
     """Ask and score; 1 if more answers are missing than allowed."""
     from swift_cl.evaluation.budget import parse_budget
     from swift_cl.evaluation.grid import evaluate
+    from swift_cl.evaluation.trackers import check_trackers
 
     budget = parse_budget(args.fail_on_error)
+    check_trackers(args.report_to)
     evaluation = evaluate([Path(d) for d in args.run_dirs], options_from(args), _notify)
+    log_results(args, evaluation)
     show(args)
     return 0 if evaluation.passes(budget) else 1
+
+
+def log_results(args: argparse.Namespace, evaluation: "Evaluation") -> None:
+    """Hand each run's results to the trackers."""
+    from swift_cl.evaluation.trackers import track
+
+    folders = dict.fromkeys(Path(d).resolve() for d in args.run_dirs)  # as `load_grids` reads them: each once
+    for folder, results in zip(folders, evaluation.results, strict=True):
+        track(results, folder, args.report_to)
 
 
 def main_ask(argv: list[str] | None = None) -> int:
@@ -118,10 +133,13 @@ def run_score(args: argparse.Namespace) -> int:
     """Only score what is stored (`evaluation/sim.py`); 1 if more answers are missing than allowed."""
     from swift_cl.evaluation.budget import parse_budget
     from swift_cl.evaluation.grid import prepare, score
+    from swift_cl.evaluation.trackers import check_trackers
 
     options, budget = options_from(args), parse_budget(args.fail_on_error)
+    check_trackers(args.report_to)
     grids, scorers = prepare([Path(d) for d in args.run_dirs], options)
     evaluation = score(grids, scorers, options)
+    log_results(args, evaluation)
     show(args)
     return 0 if evaluation.passes(budget) else 1
 

@@ -68,6 +68,10 @@ def add_scoring_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--output", metavar="DIR", help="folder of the report that covers all runs")
     group.add_argument(
+        "--report_to", metavar="NAME", nargs="+", default=[], help="log scores and metrics, one step a stage, to "
+        "tensorboard, wandb, swanlab (run folder, trackers/)"
+    )  # fmt: skip
+    group.add_argument(
         "--no_report", **_SWITCH, help="print the tables, write results.json, but no report and no plots"
     )
 

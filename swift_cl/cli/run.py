@@ -63,11 +63,12 @@ def run(args: argparse.Namespace) -> int:
 
         print(json.dumps(schema(args.schema), ensure_ascii=False, indent=2))
         return 0
+    from swift_cl.cli.eval_flags import scorer_options
     from swift_cl.cli.main import build_parser
     from swift_cl.workflow.plan import make_plans
     from swift_cl.workflow.preview import preview
     from swift_cl.workflow.provenance import noted
-    from swift_cl.workflow.run import check_rows, check_train_flags, eval_argv, prepare
+    from swift_cl.workflow.run import check_evaluation, check_rows, check_train_flags, eval_argv, prepare
 
     config, benchmark = configuration(args)
     plans = make_plans(config, benchmark)
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     parser = build_parser()
     check_eval_keys(config.eval, parser)
     evaluation = parser.parse_args(["eval", *eval_argv(config, plans)])
+    check_evaluation(config, benchmark, evaluation.scorer, scorer_options(evaluation.scorer_option))
     if args.preview:
         check_train_flags(plans)
         counts = check_rows(config, benchmark)

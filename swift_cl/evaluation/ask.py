@@ -30,6 +30,7 @@ class Dialogue:
         system: system prompt, None to send none.
         stores: where its answers go; several when runs share the model and the question.
         routed: what a stage's router calls this model, None where nothing was chosen.
+        task: the task of the question, for tasks with settings of their own.
     """
 
     served: str
@@ -39,6 +40,7 @@ class Dialogue:
     row: Row
     stores: tuple[AnswerStore, ...]
     routed: str | None = None
+    task: str = ""
 
 
 @dataclass
@@ -64,7 +66,7 @@ def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], s
     messages, found = opening(dialogue), []
     for turn, (question, reference) in enumerate(dialogue.row.turns):
         messages.append({"role": "user", "content": question})
-        found.append(settings.key(dialogue.base, dialogue.weights, messages))
+        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task))
         answer = answers(turn, found[-1])
         if answer is None and settings.history == "own":
             break
@@ -204,7 +206,7 @@ class Asker:
         lost: str | None = None
         for turn, (question, reference) in enumerate(dialogue.row.turns):
             messages.append({"role": "user", "content": question})
-            key = self.settings.key(dialogue.base, dialogue.weights, messages)
+            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task)
             answer = _row(dialogue, turn, question, reference, key)
             stored = _find(dialogue, turn, key)
             if lost is not None:
@@ -229,7 +231,7 @@ class Asker:
 
     def _reply(self, dialogue: Dialogue, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
         try:
-            reply = self.endpoint.ask(dialogue.served, messages, self.settings.generation)
+            reply = self.endpoint.ask(dialogue.served, messages, self.settings.of(dialogue.task))
         except QuestionFailed as failure:
             self.endpoint.check_alive()
             self._count_loss(failure)

@@ -97,7 +97,25 @@ def generation(grids: Sequence[Grid], options: EvalOptions) -> Generation:
     found = {sha256_json(dict(grid.benchmark.generation)): dict(grid.benchmark.generation) for grid in grids}
     if len(found) > 1:
         raise UserError("the runs' benchmarks have different generation settings; evaluate them separately")
-    settings: dict[str, Any] = next(iter(found.values()))
+    return _generation(next(iter(found.values())), options)
+
+
+def generation_by_task(grids: Sequence[Grid], options: EvalOptions) -> dict[str, Generation]:
+    """The settings of tasks that have their own, which win over the benchmark's and not over the command line's."""
+    found: dict[str, Generation] = {}
+    for grid in grids:
+        for task in grid.tasks:
+            if task.generation:
+                made = _generation({**grid.benchmark.generation, **task.generation}, options)
+                if found.setdefault(task.name, made) != made:
+                    raise UserError(
+                        f"task {task.name} has different generation settings in the runs' benchmarks; evaluate them "
+                        "separately"
+                    )
+    return found
+
+
+def _generation(settings: dict[str, Any], options: EvalOptions) -> Generation:
     defaults = Generation()
     max_tokens = settings.pop("max_tokens", defaults.max_tokens)
     temperature = settings.pop("temperature", defaults.temperature)
@@ -195,7 +213,13 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     if options.base_url is None:
         for plan in plans:
             plan.check()
-    settings = Settings(generation(grids, options), backend_of(grids, options), options.history, options.system)
+    settings = Settings(
+        generation(grids, options),
+        backend_of(grids, options),
+        options.history,
+        options.system,
+        generation_by_task(grids, options),
+    )
     stores = Stores()
     routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
     with terminate_raises():

@@ -69,7 +69,7 @@ def dialogues(
                 model, routed = chosen
                 system = system_prompt(policy, model, task, row)
                 key = sha256_json([model.weights, task.name, system, row.id, row.content_hash, routed])
-                found = Dialogue(served(model), model.weights, base, system, row, (), routed)
+                found = Dialogue(served(model), model.weights, base, system, row, (), routed, task.name)
                 merged.setdefault(key, (found, []))[1].append(store)
     ordered = sorted(merged.values(), key=lambda item: item[0].served)
     return [replace(d, stores=tuple(dict.fromkeys(own))) for d, own in ordered]
@@ -101,7 +101,8 @@ def wanted_keys(
         chosen = answers(grid, target, task, row)
         if chosen is None:
             continue
-        dialogue = Dialogue("", chosen[0].weights, below, system_prompt(settings.system, chosen[0], task, row), row, ())
+        system = system_prompt(settings.system, chosen[0], task, row)
+        dialogue = Dialogue("", chosen[0].weights, below, system, row, (), task=task.name)
         wanted.update({(row.id, turn): key for turn, key in enumerate(keys(dialogue, settings, answered))})
     return wanted
 

@@ -4,6 +4,7 @@ results.json (schema 1) has for each scorer, beside `base`, `matrix`, `n`, `n_ba
 
     range      lowest and highest score
     cell       how a cell comes from its answers
+    by_task    the scorer of each task; only of `per_task`, which scores each task by its own
     floor      one a task: the score of shuffled references (see `floors`), null where there is none
     n_floor    how many wrong pairs the floor counts
     ceiling    new_acc: the diagonal; mtl and mtl_run: scores and name of joint training, null if none was found
@@ -24,8 +25,8 @@ from swift_cl.evaluation.plan import Grid, Target
 from swift_cl.evaluation.questions import base_of, wanted_keys
 from swift_cl.evaluation.routes import Routes, routing_results
 from swift_cl.evaluation.score_files import write_scores
-from swift_cl.evaluation.scorers import Item, module
-from swift_cl.evaluation.scoring import GridScorer, ScoredCell, facts, reference_items, score_cells
+from swift_cl.evaluation.scorers import Item
+from swift_cl.evaluation.scoring import PER_TASK, GridScorer, ScoredCell, facts, reference_items, score_cells
 from swift_cl.evaluation.settings import load_settings
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import write_json
@@ -244,11 +245,11 @@ def _score_one(
         tuple(score for score, _ in base),
     )
     floors = [done.get((FLOOR_ROW, task.name), ScoredCell(None, [])) for task in grid.tasks]
-    any_task = next(iter(scorer.by_task.values()))
     result = {
         "higher_is_better": scorer.higher_is_better,
-        "range": list(any_task.range),
-        "cell": getattr(module(scorer.name), "CELL", "mean of the answers' scores"),
+        "range": list(scorer.range),
+        "cell": scorer.cell,
+        **({"by_task": scorer.names} if scorer.name == PER_TASK else {}),
         "base": list(matrix.base or ()),
         "matrix": [list(row) for row in matrix.rows],
         "n": [[count for _, count in row] for row in rows],

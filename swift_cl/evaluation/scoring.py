@@ -9,12 +9,16 @@ from swift_cl.evaluation.plan import Grid
 from swift_cl.evaluation.scorers import Item, LoadedScorer, Score, Unscored, load, module
 from swift_cl.evaluation.scorers._options import parse
 from swift_cl.io import sha256_json
-from swift_cl.stream.benchmark import ScorerOptions, Task
+from swift_cl.stream.benchmark import Benchmark, ScorerOptions, Task
+
+MEAN = "mean of the answers' scores"
+PER_TASK = "per_task"
+"""Stands where a scorer stands: each task by its own one. For benchmarks whose tasks have different scorers."""
 
 
 @dataclass(frozen=True)
 class GridScorer:
-    """A scorer for all tasks of a grid.
+    """A scorer for all tasks of a grid, or (`PER_TASK`) one for each.
 
     Attributes:
         by_task: the scorer with each task's settings; tasks with equal settings share one.
@@ -28,6 +32,25 @@ class GridScorer:
     def has_floor(self) -> bool:
         """Whether shuffled references tell its floor."""
         return all(scorer.has_floor for scorer in self.by_task.values())
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest score of any task."""
+        ranges = [scorer.range for scorer in self.by_task.values()]
+        return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+    @property
+    def cell(self) -> str:
+        """How a cell comes from its answers."""
+        said = {scorer.name: getattr(module(scorer.name), "CELL", MEAN) for scorer in self.by_task.values()}
+        if len(set(said.values())) == 1:
+            return next(iter(said.values()))
+        return "; ".join(f"{name}: {text}" for name, text in said.items())
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The scorer of each task."""
+        return {task: scorer.name for task, scorer in self.by_task.items()}
 
 
 @dataclass(frozen=True)
@@ -51,13 +74,63 @@ class ScoredCell:
 
 
 def choose_scorers(grids: Sequence[Grid], asked: Sequence[str]) -> list[str]:
-    """Names of the scorers: those asked for, else those of the benchmarks and their tasks; each for all tasks."""
-    named = list(asked) or [
-        name for grid in grids for name in (*grid.benchmark.scorers, *(s for task in grid.tasks for s in task.scorers))
-    ]
+    """Names of the scorers: those asked for, each for all tasks; else those of the benchmarks and their tasks."""
+    named = list(asked) or [name for grid in grids for name in scorers_of(grid.benchmark, grid.tasks)]
     if not named:
         raise UserError("no scorer: the benchmark names none; pass --scorer NAME")
     return list(dict.fromkeys(named))
+
+
+def scorers_of(benchmark: Benchmark, tasks: Sequence[Task]) -> list[str]:
+    """The scorers that all tasks have, and `PER_TASK` where tasks have one that others lack.
+
+    Raises:
+        UserError: a task has several scorers that others lack; a matrix has one column a task.
+    """
+    own = {task.name: _own_names(benchmark, task) for task in tasks}
+    common = [name for name in next(iter(own.values())) if all(name in names for names in own.values())]
+    for task, names in own.items():
+        extra = [name for name in names if name not in common]
+        if len(extra) > 1:
+            raise UserError(
+                f"{benchmark.path}: task {task} has the scorers {', '.join(extra)}, which other tasks lack; a task can "
+                "have one scorer of its own"
+            )
+    differ = any(set(names) - set(common) for names in own.values())
+    return [*common, PER_TASK] if differ else common
+
+
+def _own_names(benchmark: Benchmark, task: Task) -> list[str]:
+    return list(dict.fromkeys(task.scorers or benchmark.scorers))
+
+
+def _own_name(benchmark: Benchmark, tasks: Sequence[Task], task: Task) -> str:
+    """The scorer of one task's column under `PER_TASK`: the one that not all tasks have, else its first."""
+    lists = [_own_names(benchmark, other) for other in tasks]
+    names = _own_names(benchmark, task)
+    if not names:
+        raise UserError(f"{benchmark.path}: task {task.name} has no scorer")
+    return next((name for name in names if not all(name in other for other in lists)), names[0])
+
+
+def check_scoring(
+    benchmark: Benchmark, tasks: Sequence[Task], asked: Sequence[str] = (), given: ScorerOptions | None = None
+) -> None:
+    """Refuse unknown scorers and wrong settings, before anything is trained.
+
+    Args:
+        asked, given: what the command line says of scorers and their settings.
+
+    Raises:
+        UserError: names the first one.
+    """
+    for name in (*asked, *benchmark.scorers, *(name for task in tasks for name in task.scorers)):
+        if name != PER_TASK:
+            module(name)
+    if not asked:
+        scorers_of(benchmark, tasks)
+    _check(given or {}, "--scorer_option")
+    check_options(benchmark, tasks)
 
 
 def load_scorers(
@@ -77,21 +150,21 @@ def load_scorers(
     ready: dict[str, LoadedScorer] = {}
     found = []
     for grid in grids:
-        check_options(grid)
-        found.append([_for_grid(grid, name, model, given.get(name, {}), ready) for name in names])
+        check_options(grid.benchmark, grid.tasks)
+        found.append([_for_grid(grid, name, model, given, ready) for name in names])
     return found
 
 
-def check_options(grid: Grid) -> None:
+def check_options(benchmark: Benchmark, tasks: Sequence[Task]) -> None:
     """Refuse settings of unknown scorers and unknown settings, also of scorers that are not used now.
 
     Raises:
         UserError: there is one.
     """
-    places: list[tuple[str, ScorerOptions]] = [("scorer_options", grid.benchmark.scorer_options)]
-    places += [(f"task {task.name}, scorer_options", task.scorer_options) for task in grid.tasks]
+    places: list[tuple[str, ScorerOptions]] = [("scorer_options", benchmark.scorer_options)]
+    places += [(f"task {task.name}, scorer_options", task.scorer_options) for task in tasks]
     for place, settings in places:
-        _check(settings, f"{grid.benchmark.path}: {place}")
+        _check(settings, f"{benchmark.path}: {place}")
 
 
 def _check(settings: ScorerOptions, where: str) -> None:
@@ -104,14 +177,17 @@ def _check(settings: ScorerOptions, where: str) -> None:
 
 
 def _for_grid(
-    grid: Grid, name: str, model: str | None, given: Mapping[str, Any], ready: dict[str, LoadedScorer]
+    grid: Grid, name: str, model: str | None, given: ScorerOptions, ready: dict[str, LoadedScorer]
 ) -> GridScorer:
     by_task: dict[str, LoadedScorer] = {}
     for task in grid.tasks:
-        options = {**grid.benchmark.scorer_options.get(name, {}), **task.scorer_options.get(name, {}), **given}
-        key = sha256_json([name, options])
+        used = _own_name(grid.benchmark, grid.tasks, task) if name == PER_TASK else name
+        options = {
+            **grid.benchmark.scorer_options.get(used, {}), **task.scorer_options.get(used, {}), **given.get(used, {})
+        }  # fmt: skip
+        key = sha256_json([used, options])
         if key not in ready:
-            ready[key] = load(name, model, options, f"{grid.benchmark.path}: task {task.name}")
+            ready[key] = load(used, model, options, f"{grid.benchmark.path}: task {task.name}")
         by_task[task.name] = ready[key]
     directions = {task: scorer.higher_is_better for task, scorer in by_task.items()}
     if len(set(directions.values())) > 1:

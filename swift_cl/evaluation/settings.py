@@ -2,7 +2,7 @@
 what was asked in this way."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Settings:
 
     Attributes:
         generation: token limit, temperature and so on.
+        by_task: the same of tasks that have their own.
         backend: what generates, with its version and settings, as one text.
         history: one of `HISTORIES`.
         system: which system prompt is sent, see `plan.system_prompt`.
@@ -31,11 +32,16 @@ class Settings:
     backend: str
     history: str = "own"
     system: str = "stage"
+    by_task: Mapping[str, Generation] = field(default_factory=dict)
 
-    def key(self, base: str, weights: str, messages: Sequence[Mapping[str, str]]) -> str:
+    def of(self, task: str) -> Generation:
+        """How answers to a task's questions are generated."""
+        return self.by_task.get(task, self.generation)
+
+    def key(self, base: str, weights: str, messages: Sequence[Mapping[str, str]], task: str = "") -> str:
         """Key of an answer: base model, adapter, all messages (system prompt and history), generation, backend."""
         asked = [dict(message) for message in messages]
-        return sha256_json([[base, weights], asked, self.generation.as_json(), self.backend])
+        return sha256_json([[base, weights], asked, self.of(task).as_json(), self.backend])
 
     def continued(self, answer: str, reference: str) -> dict[str, str]:
         """The assistant's message that later turns see."""
@@ -43,7 +49,7 @@ class Settings:
 
     def save(self, run_dir: Path, base: str) -> None:
         """Keep them for `load_settings`, with the identity of the run's base model."""
-        value = {
+        value: dict[str, Any] = {
             "schema": SETTINGS_SCHEMA,
             "generation": self.generation.as_json(),
             "backend": self.backend,
@@ -51,6 +57,8 @@ class Settings:
             "system": self.system,
             "base": base,
         }
+        if self.by_task:
+            value["by_task"] = {task: generation.as_json() for task, generation in self.by_task.items()}
         file = settings_path(run_dir)
         if not file.is_file() or read_json(file) != value:
             write_json(file, value)
@@ -70,6 +78,11 @@ def load_settings(run_dir: Path) -> tuple[Settings, str] | None:
     value: dict[str, Any] = read_json(file)
     if value.get("schema") != SETTINGS_SCHEMA:
         raise UserError(f"{file}: not settings of schema {SETTINGS_SCHEMA}; remove the file and evaluate again")
-    generation = dict(value["generation"])
-    made = Generation(generation.pop("max_tokens"), generation.pop("temperature"), generation)
-    return Settings(made, value["backend"], value["history"], value["system"]), value["base"]
+    by_task = {task: _generation(entry) for task, entry in value.get("by_task", {}).items()}
+    made = _generation(value["generation"])
+    return Settings(made, value["backend"], value["history"], value["system"], by_task), value["base"]
+
+
+def _generation(value: Mapping[str, Any]) -> Generation:
+    extra = dict(value)
+    return Generation(extra.pop("max_tokens"), extra.pop("temperature"), extra)

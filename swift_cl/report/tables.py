@@ -122,11 +122,22 @@ def grid_tables(results: Sequence[Results]) -> list[Table]:
                     holes |= None in cells
                     rows.append([label, name, *map(number, cells)])
             notes = [f"{NOT_MEASURED}: not measured, never counted as 0"] if holes else []
+            notes += by_task_notes([entry["scorers"].get(scorer, {}) for entry in results])
             if any(row[1] == FLOOR for row in rows):
                 notes.append(f"{FLOOR}: {REFERENCES[FLOOR]}")
             title = f"{scorer}, {direction(results, scorer)} is better; rows: the model after a stage, columns: tasks"
             tables.append(Table(title, ["method", "model", *order], rows, tuple(notes)))
     return tables
+
+
+def by_task_notes(scored: Sequence[Results]) -> list[str]:
+    """Which scorer each task has, where they differ: their units differ too, and so do those of a mean over tasks."""
+    found = [
+        ", ".join(f"{task}: {name}" for task, name in entry["by_task"].items())
+        for entry in scored
+        if "by_task" in entry
+    ]
+    return [f"each task by its own scorer ({text}); means over tasks mix them" for text in dict.fromkeys(found)]
 
 
 def grid_rows(scored: Results, order: Sequence[str]) -> list[GridRow]:

@@ -38,6 +38,7 @@ class Task:
         scorer_options: settings by scorer name, which win over the benchmark's key by key.
         train_limit, test_limit: only the first so many rows.
         train_options, test_options: settings of the reader.
+        generation: settings that win over the benchmark's, key by key.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Task:
     scorer_options: ScorerOptions = field(default_factory=dict)
     train_options: Mapping[str, Any] = field(default_factory=dict)
     test_options: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_native(self) -> bool:
@@ -112,36 +114,6 @@ class Benchmark:
         return [self.tasks[task] for task in self.orders[name]]
 
 
-class TaskModel(BaseModel):
-    """One task of a benchmark file.
-
-    Attributes:
-        name: the task's name; also the name of its column, and part of its stage's folder name.
-        train, test: data file, relative to the benchmark's data folder.
-        format: format of both files; default: the benchmark's.
-        system: system prompt of the stage that learns the task; default: the template's own.
-        scorers: scorers of this task; default: the benchmark's.
-        scorer_options: settings by scorer name; they win over the benchmark's key by key.
-        train_limit, test_limit: only the first so many rows.
-        options: settings of the format for both files.
-        train_options, test_options: settings of the format for one file; they win over `options`.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    name: TaskName
-    train: str
-    test: str
-    format: str | None = None
-    system: str | None = None
-    scorers: list[str] = []
-    scorer_options: dict[str, dict[str, Any]] = {}
-    train_limit: int | None = Field(default=None, ge=1)
-    test_limit: int | None = Field(default=None, ge=1)
-    options: dict[str, Any] = {}
-    train_options: dict[str, Any] = {}
-    test_options: dict[str, Any] = {}
-
-
 class GenerationModel(BaseModel):
     """How answers are generated.
 
@@ -172,6 +144,38 @@ class GenerationModel(BaseModel):
         """What is set, `extra` beside the rest."""
         given = self.model_dump(exclude_none=True)
         return {**given.pop("extra"), **given}
+
+
+class TaskModel(BaseModel):
+    """One task of a benchmark file.
+
+    Attributes:
+        name: the task's name; also the name of its column, and part of its stage's folder name.
+        train, test: data file, relative to the benchmark's data folder.
+        format: format of both files; default: the benchmark's.
+        system: system prompt of the stage that learns the task; default: the template's own.
+        scorers: scorers of this task; default: the benchmark's.
+        scorer_options: settings by scorer name; they win over the benchmark's key by key.
+        generation: limits of an answer; they win over the benchmark's key by key.
+        train_limit, test_limit: only the first so many rows.
+        options: settings of the format for both files.
+        train_options, test_options: settings of the format for one file; they win over `options`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    name: TaskName
+    train: str
+    test: str
+    format: str | None = None
+    system: str | None = None
+    scorers: list[str] = []
+    scorer_options: dict[str, dict[str, Any]] = {}
+    generation: GenerationModel = Field(default_factory=GenerationModel)
+    train_limit: int | None = Field(default=None, ge=1)
+    test_limit: int | None = Field(default=None, ge=1)
+    options: dict[str, Any] = {}
+    train_options: dict[str, Any] = {}
+    test_options: dict[str, Any] = {}
 
 
 class BenchmarkModel(BaseModel):
@@ -274,6 +278,7 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             entry.train_limit,
             entry.test_limit,
             scorer_options=entry.scorer_options,
+            generation=entry.generation.settings(),
             train_options=train_options,
             test_options=test_options,
         )

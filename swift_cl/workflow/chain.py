@@ -1,6 +1,7 @@
 """The training process of `swift-cl run`: all stages of all plans, with the base model loaded once."""
 
 import gc
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from swift_cl import distributed
 from swift_cl.io import read_json
 from swift_cl.stages import STAGE_FILE, Run, Stage, check_started_from, load_stage
 from swift_cl.workflow.plan import PLAN_FILE
+
+LOGGING_DIR_NAME = "TENSORBOARD_LOGGING_DIR"
+LOGGING_DIR = os.environ.get(LOGGING_DIR_NAME)
+"""What the user says of it, if anything."""
 
 
 def say(text: str) -> None:
@@ -53,6 +58,9 @@ def train_plan(plan: dict[str, Any], shared: tuple[Any, Any] | None, done: int, 
             _record(folder.parent, stage)
             continue
         say(f"{label}: training")
+        if LOGGING_DIR is None:
+            # ms-swift sets it to the folder of a stage, once a process; the next stage would log there as well.
+            os.environ.pop(LOGGING_DIR_NAME, None)
         started = time.time()
         argv = entry["argv"] + (["--cl_previous", str(previous.dir)] if previous else [])
         sft = CLSft(argv, shared)

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import write_jsonl
 from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
-from swift_cl.stream.benchmark import Benchmark
+from swift_cl.stream.benchmark import Benchmark, ScorerOptions, Task
 from swift_cl.stream.disk import check_on_disk
 from swift_cl.stream.readers import needed_files
 from swift_cl.training.flags import flag_values
@@ -26,7 +27,7 @@ def check_rows(config: RunConfig, benchmark: Benchmark) -> dict[str, tuple[int |
     Raises:
         UserError: a file is missing, or a row is wrong.
     """
-    tasks = {task.name: task for order in config.orders for task in benchmark.order(order)}.values()
+    tasks = tasks_of(config, benchmark)
     check_on_disk(benchmark, tasks)
     counts: dict[str, tuple[int | None, int]] = {}
     for task in tasks:
@@ -35,6 +36,25 @@ def check_rows(config: RunConfig, benchmark: Benchmark) -> dict[str, tuple[int |
         train = None if config.streaming else len(task.train_rows())
         counts[task.name] = train, len(task.test_rows())
     return counts
+
+
+def check_evaluation(
+    config: RunConfig, benchmark: Benchmark, scorers: Sequence[str], scorer_options: ScorerOptions
+) -> None:
+    """Refuse scorers and settings of scorers that the evaluation would refuse, before anything is trained.
+
+    Args:
+        scorers, scorer_options: what the flags of `swift-cl eval` say.
+    """
+    from swift_cl.evaluation.scoring import check_scoring
+
+    if config.mode != "train_only":
+        check_scoring(benchmark, tasks_of(config, benchmark), scorers, scorer_options)
+
+
+def tasks_of(config: RunConfig, benchmark: Benchmark) -> list[Task]:
+    """The tasks of all orders of the configuration, each once."""
+    return list({task.name: task for order in config.orders for task in benchmark.order(order)}.values())
 
 
 def check_train_flags(plans: list[RunPlan]) -> None:
@@ -108,5 +128,10 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
 
 
 def eval_argv(config: RunConfig, plans: list[RunPlan]) -> list[str]:
-    """The command line of the evaluation."""
-    return [*(plan.run_dir for plan in plans), *flags(config.eval)]
+    """The command line of the evaluation; it logs to the trackers of the training unless it names its own."""
+    values = dict(config.eval)
+    trackers = config.train.get("report_to")
+    names = trackers.split() if isinstance(trackers, str) else list(trackers or [])
+    if names and names not in (["none"], ["all"]):
+        values.setdefault("report_to", names)
+    return [*(plan.run_dir for plan in plans), *flags(values)]

@@ -32,7 +32,8 @@ def _inner(model: type[BaseModel]) -> list[type[BaseModel]]:
     """The models that a model's fields hold, alone or in lists."""
     annotations = [field.annotation for field in model.model_fields.values()]
     arguments = [entry for a in annotations for entry in (a, *getattr(a, "__args__", ()))]
-    return [entry for entry in arguments if isinstance(entry, type) and issubclass(entry, BaseModel)]
+    found = [entry for entry in arguments if isinstance(entry, type) and issubclass(entry, BaseModel)]
+    return [*found, *(deeper for entry in found for deeper in _inner(entry))]
 
 
 def _summary(model: type[BaseModel]) -> str:

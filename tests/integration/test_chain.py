@@ -28,7 +28,7 @@ def assert_equal(one: dict[str, Any], two: dict[str, Any]) -> None:
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """seq and cia over two tasks, by `swift-cl run`, in one process."""
     folder = tmp_path_factory.mktemp("chain")
-    run_swift_cl("run", str(write_run_file(folder, ["seq", "cia"])), "--mode", "train_only")
+    run_swift_cl("run", str(write_run_file(folder, ["seq", "cia"], report_to="tensorboard")), "--mode", "train_only")
     return folder / "runs"
 
 
@@ -57,6 +57,15 @@ def test_shared_base_equals_a_process_a_stage(chain: Path, tmp_path: Path, metho
     train_stage(method, TASKS[1], tmp_path / "2", first)
     assert_equal(adapter(chain / method / "stage_1_2022"), adapter(first))
     assert_equal(adapter(chain / method / "stage_2_2023"), adapter(tmp_path / "2"))
+
+
+def test_every_stage_has_its_own_tensorboard_log(chain: Path) -> None:
+    """ms-swift keeps the first folder of a process in the environment; all stages are trained in one process."""
+    from tests.eval.test_trackers import scalars
+
+    for stage in chain.glob("*/stage_*"):
+        assert [step for step, _ in scalars(stage / "runs")["train/loss"]] == [1, 2, 3, 4], stage
+    assert len(list(chain.glob("*/stage_*"))) == 4
 
 
 def test_base_model_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
