@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from swift_cl.serving.adapters import Deployment
 from swift_cl.serving.backends import Command, ServerOptions
 
+NAME = "pt"
 ENGINES = ("transformers",)
 
 
