@@ -65,13 +65,18 @@ class AdapterEngine(TransformersEngine):
 
     def _infer_stream(self, inputs: Any, *, adapter_request: Any, **kwargs: Any) -> Any:
         with self._activate(adapter_request):
-            yield from super()._infer_stream(inputs, adapter_request=None, **kwargs)
+            for chunks in super()._infer_stream(inputs, adapter_request=None, **kwargs):
+                for chunk in chunks:
+                    if chunk is not None and adapter_request is not None:
+                        chunk.model = adapter_request.name
+                yield chunks
 
 
 class AdapterDeploy(SwiftDeploy):
     """Deploys with `AdapterEngine` where ms-swift would use its transformers engine."""
 
     infer_engine: Any
+    engine_class = AdapterEngine
 
     def __init__(self, args: Any = None) -> None:
         if os.environ.get("SWIFT_CL_TUNERS"):
@@ -81,7 +86,7 @@ class AdapterDeploy(SwiftDeploy):
         super().__init__(args)
         if self.args.infer_backend == "transformers":
             mapping = self.args.adapter_mapping
-            engine = AdapterEngine(
+            engine = self.engine_class(
                 self.infer_engine.model, template=self.template, max_batch_size=self.args.max_batch_size
             )
             engine.strict = True
