@@ -31,6 +31,8 @@ class AdapterEngine(TransformersEngine):
         for name, path in adapters.items():
             self._add_adapter(path, name)
             self._adapters_pool[name] = AdapterRequest(name, path)
+        if adapters and self.model.active_peft_config.is_prompt_learning:
+            self.model.__class__ = prompted(type(self.model))
         self.model.eval()
 
     def _get_adapter_names(self, adapter_request: Any) -> None:
@@ -70,6 +72,12 @@ class AdapterEngine(TransformersEngine):
                     if chunk is not None and adapter_request is not None:
                         chunk.model = adapter_request.name
                 yield chunks
+
+
+def prompted(kind: type) -> type:
+    """The class of a model with trained prompts, whose `model` is the base model: ms-swift asks it for `generate`, and
+    PEFT's own `model` is the backbone inside it."""
+    return type(kind.__name__, (kind,), {"model": property(lambda self: self.base_model)})
 
 
 class AdapterDeploy(SwiftDeploy):
