@@ -237,6 +237,17 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def start_deepspeed(args: Any) -> None:
+    """Start DeepSpeed's communication where accelerate starts only torch's: on the CPU.
+
+    ZeRO-1 and ZeRO-3 read the number of processes from it, ZeRO-3 already when the model is made.
+    """
+    if args.deepspeed and launched_processes() > 1 and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=args.ddp_backend or "gloo")
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world()[1] > 1:
