@@ -20,6 +20,9 @@ from swift_cl.generation.engine import Engine
 from swift_cl.io import sha256_file
 from swift_cl.stages import WEIGHTS
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of max_lora_rank that vLLM takes."""
+
 
 @contextlib.contextmanager
 def open_engine(
@@ -117,25 +120,28 @@ def _vllm(args: Any, processor: Any, model: str, adapter: Path | None, identity:
             "generation with vLLM needs the library vllm, which is not installed: use the transformers "
             "backend, or pip install 'swift_cl[vllm]'"
         )
+    import vllm
     from swift.infer_engine import VllmEngine as SwiftVllm
 
     from swift_cl.generation.swift_engine import VllmEngine
     from swift_cl.io import read_json
 
     chat, plain = _templates(args, processor)
-    rank = read_json(adapter / "adapter_config.json")["r"] if adapter else 16
+    rank = read_json(adapter / "adapter_config.json")["r"] if adapter else VLLM_RANKS[0]
+    if rank > VLLM_RANKS[-1]:
+        raise UserError(f"{adapter}: rank {rank} is above vLLM's limit {VLLM_RANKS[-1]}; use the transformers backend")
     engine = SwiftVllm(
         model,
         template=chat,
         torch_dtype=args.torch_dtype,
         adapters=[str(adapter)] if adapter else None,
-        max_lora_rank=max(16, rank),
+        max_lora_rank=next(allowed for allowed in VLLM_RANKS if allowed >= rank),
         max_model_len=args.max_model_len or args.max_length,
         gpu_memory_utilization=_free_share(),
         enforce_eager=True,
     )
     try:
-        yield VllmEngine(engine, chat, plain, {**identity, "vllm": importlib.metadata.version("vllm")})
+        yield VllmEngine(engine, chat, plain, {**identity, "vllm": vllm.__version__})
     finally:
         del engine
         gc.collect()

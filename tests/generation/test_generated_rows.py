@@ -16,6 +16,7 @@ METHODS = {
     "ssr": {"embedder": "model", "clusters": 2, **SYNTHESIS},
     "pseudo_replay": SYNTHESIS,
     "lamol": {"gamma": 0.25, "max_new_tokens": 64, "min_fill": 1.0},
+    "lamol_kd": {"gamma": 0.25, "max_new_tokens": 64, "min_fill": 1.0},
 }
 
 

@@ -8,6 +8,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 from tests.conftest import ROOT
 from tests.support.synthesised import DEFINITION
@@ -17,7 +18,7 @@ WEIGHTS = ROOT / "tests" / "data" / "talking_base"
 THINGS = [f"{colour} {thing}" for colour in ("red", "old", "big", "new") for thing in ("cat", "boat", "road", "song")]
 
 
-def things(kind: str) -> list[dict[str, object]]:
+def things(kind: str) -> list[dict[str, Any]]:
     """Rows in SSR's format whose answer is a word and the question's first word."""
     return [
         {

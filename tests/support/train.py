@@ -38,17 +38,24 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "moe_lora": {"moe_lora_num_experts": 2},
     "i_lora": {"i_lora_lambda": 0.9},
     # The tiny model continues no lists, so nothing usable is generated; test_generated_rows.py has one that does.
-    "ssr": {"ssr_num_samples": 2, "ssr_embedder": "model", "ssr_max_new_tokens": 12, "ssr_min_fill": 0.0},
+    "ssr": {
+        "ssr_num_samples": 2,
+        "ssr_shots": 1,
+        "ssr_embedder": "model",
+        "ssr_max_new_tokens": 12,
+        "ssr_min_fill": 0.0,
+    },
     "pseudo_replay": {
         "pseudo_replay_num_samples": 2,
-        "pseudo_replay_shots": 2,
+        "pseudo_replay_shots": 1,
         "pseudo_replay_max_new_tokens": 12,
         "pseudo_replay_min_fill": 0.0,
     },
     "lamol": {"lamol_max_new_tokens": 24, "lamol_max_rounds": 1, "lamol_min_fill": 0.0},
+    "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
 }
 # Methods whose first task has more to learn than the task.
-MORE_THAN_THE_TASK = ("lamol",)
+MORE_THAN_THE_TASK = ("lamol", "lamol_kd")
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 

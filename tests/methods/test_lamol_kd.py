@@ -1,0 +1,220 @@
+"""lamol_kd: the four parts of its loss by hand, and its teacher on a real model (section 3 of the specification)."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from swift_cl.errors import UserError
+from swift_cl.io import MethodState, sha256_file
+from swift_cl.methods._frozen_teacher import FrozenTeacher, distilled_sums, rows_of_batch
+from swift_cl.methods.lamol_kd import LamolKd, LamolKdConfig
+from tests.methods.test_lwf_teacher import Quiet
+from tests.support.fake_context import FakeContext
+from tests.support.tiny_lora import continued, language_model, stage_adapter
+
+CHANNELS = ["new/qa", "new/lm", "pseudo/qa", "pseudo/lm"]
+
+
+def lamol_kd(**settings):
+    config = LamolKdConfig(**settings)
+    config.validate()
+    return LamolKd(config)
+
+
+def test_o1_shift_and_o2_direction():
+    """Sums over the supervised positions of the shifted mask; index 1 predicts the first label."""
+    teacher, student = torch.zeros(1, 4, 3), torch.zeros(1, 4, 3)
+    teacher[0, 1, 0] = math.log(2)
+    labels = torch.tensor([[-100, -100, 2, 1]])
+    mask = labels[:, 1:] != -100
+    groups = torch.zeros(2, dtype=torch.long)
+    for temperature, expected in ((1.0, 0.0588915), (2.0, 0.0568822)):
+        found = distilled_sums(student[:, :-1][mask], teacher[:, :-1][mask], groups, 2, temperature)
+        assert found.tolist() == pytest.approx([expected, 0.0], abs=1e-7)
+    peaked = torch.tensor([[0.9, 0.05, 0.05]]).log()
+    assert float(distilled_sums(torch.zeros(1, 3), peaked, groups[:1], 1, 1.0)) == pytest.approx(0.7042145)
+
+
+@pytest.mark.parametrize(("weight", "hard", "expected"), [(1.0, 0.0, 2.8), (0.5, 0.0, 2.65), (1.0, 2.0, 9.3)])
+def test_four_parts(weight, hard, expected):
+    """New qa [1, 2], new lm [3, 5], distilled qa [.1, .3], lm [.4]; hard adds 2 x (2.5 + .25 x 3) = 6.5."""
+    method = lamol_kd(weight=weight, hard_weight=hard)
+    ctx = FakeContext()
+    method.train_begin(ctx)
+    labels = torch.tensor([[-100, 1, 1], [-100, 1, 1], [-100, 1, 1], [-100, 1, -100]])
+    method.window(ctx, [{"labels": labels, "channel": CHANNELS}])
+    total = method._distil.total(ctx, torch.tensor([3.0, 8.0, 0.4, 0.4]), "lamol_kd")
+    if hard:
+        total = total + method._hard.total(ctx, torch.tensor([0.0, 0.0, 5.0, 3.0]), "hard")
+    assert float(total) == pytest.approx(expected)
+    assert ctx.logged["lamol_kd_pseudo_qa"] == pytest.approx(0.2)
+
+
+def batch(count=4):
+    """Rows of six tokens, the last three supervised, one a channel."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 60, (count, 6))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def second_stage(folder, **settings):
+    model = continued(folder)
+    ctx = Quiet(model, task="t1", earlier=["t0"], folder=folder)
+    method = lamol_kd(**settings)
+    method.prepare_model(ctx, model)
+    method.train_begin(ctx)
+    return method, ctx, model
+
+
+def loss_of(method, ctx, model, inputs, channels):
+    ctx.channels = channels
+    method.window(ctx, [{**inputs, "channel": channels}])
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    return method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+
+
+def test_before_the_first_step_the_old_rows_cost_nothing(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    inputs = batch()
+    total = loss_of(method, ctx, model, inputs, CHANNELS)
+    assert abs(ctx.logged["lamol_kd_pseudo_qa"]) < 1e-9
+    assert abs(ctx.logged["lamol_kd_pseudo_lm"]) < 1e-9
+    expected = ctx.logged["lamol_kd_new_qa"] + 0.25 * ctx.logged["lamol_kd_new_lm"]
+    assert total.item() == pytest.approx(expected)
+
+
+def test_dropout_is_the_students_alone(tmp_path):
+    """O8: two passes of the teacher are equal bit for bit, and the student is what it was."""
+    stage_adapter(tmp_path, lora_dropout=0.5)
+    method, ctx, model = second_stage(tmp_path)
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    inputs = batch()
+    assert torch.equal(method._teacher.logits(ctx, inputs), method._teacher.logits(ctx, inputs))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert any(p.requires_grad for p in model.parameters())
+    loss_of(method, ctx, model, inputs, CHANNELS)
+    assert ctx.logged["lamol_kd_pseudo_qa"] > 0
+
+
+def moved(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.add_(0.3)
+
+
+def test_the_teacher_is_the_previous_adapter(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    moved(model)
+    inputs = batch()
+    given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    taught = method._teacher.logits(ctx, inputs)
+    with torch.no_grad():
+        previous = continued(tmp_path).eval()(**given).logits
+        base = language_model()(**given).logits
+        student = model(**given).logits
+    torch.testing.assert_close(taught, previous, rtol=0, atol=1e-6)
+    assert (taught - base).abs().max() > 1e-2
+    assert (taught - student).abs().max() > 1e-2
+    assert method._teacher.sha256 == sha256_file(tmp_path / "t0" / "adapter" / "adapter_model.safetensors")
+
+
+def test_old_rows_are_distilled_and_new_ones_are_not(tmp_path):
+    """The value of all four parts against plain formulas; the labels of old rows do not matter, their places do."""
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path, kd_temperature=2.0)
+    moved(model)
+    inputs = batch()
+    total = loss_of(method, ctx, model, inputs, CHANNELS)
+    with torch.no_grad():
+        given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        student, teacher = model(**given).logits[:, 2:5], continued(tmp_path)(**given).logits[:, 2:5]
+    log_q, log_p = (torch.log_softmax(z / 2, -1) for z in (student, teacher))
+    divergence = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    entropy = torch.nn.functional.cross_entropy(
+        student.flatten(0, 1), inputs["labels"][:, 3:].flatten(), reduction="none"
+    ).view(4, 3).mean(1)  # fmt: skip
+    assert float(total) == pytest.approx(float(entropy[0] + 0.25 * entropy[1] + divergence[2] + 0.25 * divergence[3]))
+    other = {**inputs, "labels": inputs["labels"].clone()}
+    other["labels"][2:, 3:] = 5
+    assert float(loss_of(method, ctx, model, other, CHANNELS)) == pytest.approx(float(total))
+    other["labels"][0, 3:] = 5
+    assert float(loss_of(method, ctx, model, other, CHANNELS)) != pytest.approx(float(total))
+
+
+def test_the_teacher_sees_only_lines_with_old_rows(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    seen = []
+    original = method._teacher.logits
+
+    def counted(ctx, inputs):
+        seen.append(inputs["input_ids"].shape[0])
+        return original(ctx, inputs)
+
+    method._teacher.logits = counted
+    inputs = batch()
+    loss_of(method, ctx, model, inputs, ["new/qa", "pseudo/qa", "new/lm", "new/qa"])
+    loss_of(method, ctx, model, inputs, ["new/qa"] * 4)
+    assert seen == [1]
+    # Another rank has an old row: this one takes part with a line that counts for nothing.
+    method.window(ctx, [{**inputs, "channel": ["pseudo/qa"] * 4}])
+    ctx.channels = ["new/qa"] * 4
+    outputs = SimpleNamespace(logits=torch.randn(4, 6, 64))
+    method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+    assert seen == [1, 1]
+    assert ctx.logged["lamol_kd_pseudo_qa"] == 0
+
+
+def test_lines_of_a_batch():
+    inputs = {"labels": torch.arange(6).view(3, 2), "position_ids": torch.arange(12).view(2, 3, 2), "logits_to_keep": 2}
+    part = rows_of_batch(inputs, torch.tensor([2]))
+    assert part["labels"].tolist() == [[4, 5]]
+    assert part["position_ids"].tolist() == [[[4, 5]], [[10, 11]]]
+    assert part["logits_to_keep"] == 2
+
+
+def test_only_the_same_teacher_goes_on(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, _ = second_stage(tmp_path)
+    state = method.checkpoint_state(ctx)
+    method.restore_checkpoint(ctx, state)
+    with pytest.raises(UserError, match="the checkpoint was trained with another teacher: sha256 abc"):
+        method.restore_checkpoint(ctx, MethodState(meta={"teacher_sha256": "abc"}))
+    assert lamol_kd().checkpoint_state(FakeContext()) is None
+
+
+def test_two_teachers_do_not_mix(tmp_path):
+    stage_adapter(tmp_path)
+    model = continued(tmp_path)
+    ctx = Quiet(model)
+    one = FrozenTeacher(model, tmp_path / "t0" / "adapter", "one")
+    before = one.logits(ctx, batch())
+    two = FrozenTeacher(model, tmp_path / "t0" / "adapter", "two")
+    assert torch.equal(one.logits(ctx, batch()), before)
+    assert torch.equal(two.logits(ctx, batch()), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": -1.0}, "--lamol_kd_weight is -1.0"),
+        ({"weight": 0.0}, "--lamol_kd_weight is 0.0, allowed: more than 0, because"),
+        ({"hard_weight": math.inf}, "--lamol_kd_hard_weight is inf"),
+        ({"kd_temperature": 0.0}, "--lamol_kd_kd_temperature is 0.0"),
+        ({"gamma": 2.0}, "--lamol_kd_gamma is 2.0"),
+    ],
+)
+def test_values_out_of_range_are_refused(settings, message):
+    with pytest.raises(UserError, match=message):
+        lamol_kd(**settings)
