@@ -14,7 +14,7 @@ from swift_cl.io import read_json, sha256_file, sha256_json
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage
 
 LORA_KEYS = (("lora_A", 1), ("lora_B", 0), ("moelora_A", 1), ("moelora_B", 0))
-NO_EFFECT = (".lora_B.", ".moelora_B.", ".houlsby_up.")
+NO_EFFECT = (".lora_B.", ".moelora_B.", ".houlsby_up.", ".lora_E")
 """Tensors that are all zero before the first step."""
 
 

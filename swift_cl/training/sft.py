@@ -27,7 +27,7 @@ from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
 from swift_cl.training.trainer import TRAINERS
-from swift_cl.tuners.registry import tuners
+from swift_cl.tuners.registry import settings_of, tuners
 
 logger = get_logger()
 
@@ -143,6 +143,8 @@ class CLSft(SwiftSft):
 
     def prepare_model(self, args: Any, model: Any, **kwargs: Any) -> Any:
         model = super().prepare_model(args, model, **kwargs)
+        if self._tuner is not None:
+            self._tuner.configure(settings_of(args, self._tuner), model)
         if self._previous is not None and not args.resume_from_checkpoint and not self._method.starts_fresh:
             self._assert_started_from_previous(model)
         return self.session.prepare_model(model)

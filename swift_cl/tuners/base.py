@@ -7,6 +7,7 @@ read without torch; everything that needs torch is imported inside the hooks. Th
     register()                       in every process that trains or serves: teach PEFT a type that it does not know
     prepare_model(args, model)       first task: wrap the base model
     load(model, folder)              later tasks, and a resumed one: wrap the base model and load the adapter to train
+    configure(config, model)         both: settings that a file does not hold
     save(model, folder, state)       every checkpoint, and the stage's end
     live_tensors(model)              what `save` would write, by the names in the file: a stage's start is compared
     base_of(model)                   the base model without the tuner, for the next stage of the same process
@@ -96,6 +97,10 @@ class Tuner:
     def prepare_model(cls, args: Any, config: Any, model: Any) -> Any:
         """The base model with a new adapter, the one that is trained."""
         raise NotImplementedError
+
+    @classmethod
+    def configure(cls, config: Any, model: Any) -> None:
+        """Apply settings that a file does not hold to a model that was just made or loaded for training."""
 
     @classmethod
     def load(cls, model: Any, folder: Path, trainable: bool) -> Any:

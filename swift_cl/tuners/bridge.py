@@ -6,12 +6,7 @@ from typing import Any
 from swift.tuner_plugin import PeftTuner, tuners_map
 
 from swift_cl.tuners.base import Tuner
-from swift_cl.tuners.registry import tuners
-
-
-def settings_from(args: Any, tuner: type[Tuner]) -> Any:
-    """The tuner's config out of parsed arguments."""
-    return tuner.config_class(**{field.name: getattr(args, flag) for flag, field in tuner.flags()})
+from swift_cl.tuners.registry import settings_of, tuners
 
 
 def swift_tuner(tuner: type[Tuner]) -> type[PeftTuner]:
@@ -20,7 +15,10 @@ def swift_tuner(tuner: type[Tuner]) -> type[PeftTuner]:
     class Bridged(PeftTuner):
         @staticmethod
         def prepare_model(args: Any, model: Any) -> Any:
-            return tuner.prepare_model(args, settings_from(args, tuner), model)
+            config = settings_of(args, tuner)
+            model = tuner.prepare_model(args, config, model)
+            tuner.configure(config, model)
+            return model
 
         @staticmethod
         def save_pretrained(

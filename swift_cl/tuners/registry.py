@@ -7,9 +7,10 @@ import importlib
 import importlib.metadata
 import pkgutil
 from functools import cache
+from typing import Any
 
 from swift_cl.errors import UserError, did_you_mean
-from swift_cl.tuners.base import Tuner
+from swift_cl.tuners.base import Tuner, TunerSettings
 
 ENTRY_POINT_GROUP = "swift_cl.tuners"
 FROM_MS_SWIFT = {
@@ -17,7 +18,7 @@ FROM_MS_SWIFT = {
     "full": ("All weights", "-", ("pt", "vllm", "lmdeploy")),
 }
 """Name -> title, type of adapter and backends of what is chained over tasks as ms-swift has it."""
-_NOT_TUNERS = {"base", "registry", "bridge"}
+_NOT_TUNERS = {"base", "registry", "bridge", "injected", "peft_types"}
 
 
 @cache
@@ -69,3 +70,8 @@ def get_tuner(name: str) -> type[Tuner]:
 def tuner_of_type(peft_type: str) -> type[Tuner] | None:
     """The tuner of ours whose adapters say `peft_type`, None for one of ms-swift's."""
     return next((tuner for tuner in tuners().values() if tuner.peft_type == peft_type), None)
+
+
+def settings_of(args: Any, tuner: type[Tuner]) -> TunerSettings:
+    """The tuner's config out of parsed arguments."""
+    return tuner.config_class(**{field.name: getattr(args, flag) for flag, field in tuner.flags()})

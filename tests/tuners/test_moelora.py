@@ -13,10 +13,10 @@ from torch import nn
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.training.flags import check_method_flags
 from swift_cl.tuners import register_tuners
-from swift_cl.tuners._peft_types import add_member, register_type
 from swift_cl.tuners.moelora import MoELoRA
 from swift_cl.tuners.moelora.layer import MoELoRALayer
 from swift_cl.tuners.moelora.model import MoELoRAConfig
+from swift_cl.tuners.peft_types import add_member, register_type
 from tests.support.tiny_lora import language_model
 
 register_tuners()

@@ -116,7 +116,7 @@ def test_resumed_equals_uninterrupted(work: Path, tmp_path: Path, tuner: str) ->
 
 def test_accumulation_changes_nothing(work: Path, tuner: str) -> None:
     """Batch 4 x accumulation 1 equals batch 1 x accumulation 4."""
-    plain = {"optim": "sgd", "learning_rate": 0.05, "lora_dropout": 0.0, "save_steps": 100, "max_steps": 2}
+    plain = {"optim": "sgd", "learning_rate": 0.05, "lora_dropout": 0.0, "save_steps": 100, "max_steps": 3}
     first, whole = two_stages(work, tuner, "whole", **plain)
     split, halves = work / "split" / tuner, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     train_stage("seq", TASKS[1], split, first, **flags_for(tuner), **plain, **halves)

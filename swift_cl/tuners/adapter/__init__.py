@@ -45,8 +45,8 @@ class Adapter(Tuner):
 
     @classmethod
     def register(cls) -> None:
-        from swift_cl.tuners._peft_types import register_type
         from swift_cl.tuners.adapter.model import PREFIX, HoulsbyConfig, HoulsbyModel
+        from swift_cl.tuners.peft_types import register_type
 
         register_type(PEFT_TYPE, HoulsbyConfig, HoulsbyModel, PREFIX)
 

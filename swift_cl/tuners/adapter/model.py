@@ -7,9 +7,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from swift_cl.tuners._injected import InjectedLayer, InjectedModel, checked
-from swift_cl.tuners._peft_types import add_member
 from swift_cl.tuners.adapter import PEFT_TYPE
+from swift_cl.tuners.injected import InjectedLayer, InjectedModel, checked
+from swift_cl.tuners.peft_types import add_member
 
 PREFIX = "houlsby_"
 SCHEMA = 1

@@ -80,9 +80,9 @@ class MoELoRA(Tuner):
 
     @classmethod
     def register(cls) -> None:
-        from swift_cl.tuners._peft_types import register_type
         from swift_cl.tuners.moelora.layer import PREFIX
         from swift_cl.tuners.moelora.model import MoELoRAConfig, MoELoRAModel
+        from swift_cl.tuners.peft_types import register_type
 
         register_type(PEFT_TYPE, MoELoRAConfig, MoELoRAModel, PREFIX)
 

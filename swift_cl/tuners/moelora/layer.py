@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from swift_cl.tuners._injected import InjectedLayer
+from swift_cl.tuners.injected import InjectedLayer
 
 PREFIX = "moelora_"
 

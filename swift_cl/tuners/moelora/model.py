@@ -6,10 +6,10 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from swift_cl.tuners._injected import InjectedModel, checked
-from swift_cl.tuners._peft_types import add_member
+from swift_cl.tuners.injected import InjectedModel, checked
 from swift_cl.tuners.moelora import PEFT_TYPE
 from swift_cl.tuners.moelora.layer import PREFIX, MoELoRALayer
+from swift_cl.tuners.peft_types import add_member
 
 SCHEMA = 1
 add_member(PEFT_TYPE)
