@@ -16,6 +16,8 @@ EXTRAS = {
     "vllm": ["vllm>=0.8"],
     "lmdeploy": ["lmdeploy>=0.8"],
     "deepspeed": ["deepspeed>=0.16"],
+    # Beside TensorBoard, which ms-swift brings.
+    "trackers": ["wandb>=0.17", "swanlab>=0.4"],
     # playwright drives a chromium that is installed apart (apt-get install chromium), to test the report's page.
     "dev": [
         "pytest>=8",

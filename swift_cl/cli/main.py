@@ -43,10 +43,15 @@ def _dispatch(argv: list[str]) -> int:
     command = argv[0].replace("_", "-") if argv else ""
     if command == "sft":
         return int(importlib.import_module("swift_cl.cli.sft").run(argv[1:]))
+    if command == "deploy" and "--route" in argv:
+        return int(importlib.import_module("swift_cl.cli.serve").run(argv[1:]))
     if command in PASS_THROUGH:
         if argv[1:] in (["--help"], ["-h"]):
             print(f"usage: swift-cl {command} [flags of `swift {command}`]\n")
             print(f"ms-swift's own command, with our plug-ins loaded; `swift-cl {command} --help-all` lists its flags.")
+            if command == "deploy":
+                print("\nswift-cl deploy --route RUN_DIR serves a run, and as `auto` the adapter that the run's method")
+                print("chooses for each question; `swift-cl deploy --route --help` lists the flags of that.")
             return 0
         ours = [argument for argument in argv[1:] if argument.startswith("--cl_")]
         if ours:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.evaluation.store import AnswerStore, answer_path
-from swift_cl.serving.adapters import Adapter, Deployment, candidate_stages, stage_adapter, unique, weights_id
+from swift_cl.serving.adapters import Adapter, Deployment, candidate_stages, run_adapters, stage_adapter, weights_id
 from swift_cl.stages import Run, Stage, load_run
 from swift_cl.stream.benchmark import Benchmark, Task, load_benchmark
 from swift_cl.stream.rows import Row
@@ -183,9 +183,7 @@ def _targets(run: Run, order: Sequence[str]) -> tuple[Target, tuple[Target | Non
             )
         stages[stage.index] = stage
     own = [stage for stage in run.stages if stage.weights_sha256 is not None]
-    served = {stage.dir: [*own, *candidate_stages(stage, own)] for stage in run.stages}
-    every = unique(stage_adapter(stage) for stages_ in served.values() for stage in stages_)
-    shared = Deployment(run.model, run.model_args, every)
+    shared = Deployment(run.model, run.model_args, run_adapters(run.stages))
     base = Target(BASE, shared.base_name, weights_id(run.model), shared)
     return base, tuple(_stage_target(stages.get(index), shared, own) for index in range(len(order)))
 

@@ -18,7 +18,7 @@ from swift_cl.errors import RunFailure
 from swift_cl.evaluation.plan import Choice, Grid, Target, system_prompt
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import sha256_json
-from swift_cl.serving.routing import Question, Routed, RouteJob, run_jobs
+from swift_cl.serving.routing import Question, Routed, RouteJob, job_of, run_jobs
 from swift_cl.stream.benchmark import Task
 from swift_cl.stream.rows import Row
 
@@ -122,7 +122,8 @@ class _Missing:
                         place = _Place(routes.store(grid, target, task), row.id, routes.router(grid, target))
                         self.places.setdefault(question.key, []).append(place)
             if questions:
-                self.jobs.append(_job(grid, target, questions))
+                assert target.stage is not None
+                self.jobs.append(job_of(target.stage, questions))
 
     def keep(self, routed: Routed) -> None:
         """Store a choice wherever its question stands."""
@@ -142,17 +143,6 @@ class _Missing:
         """Whether every question got its choice."""
         if self.places:
             raise RunFailure(f"the router left {len(self.places)} questions without a choice")
-
-
-def _job(grid: Grid, target: Target, questions: list[Question]) -> RouteJob:
-    stage = target.stage
-    assert stage is not None
-    assert stage.route is not None
-    candidates: list[dict[str, Any]] = [
-        {**entry, "dir": str((stage.dir / entry["dir"]).resolve())} for entry in stage.route["candidates"]
-    ]
-    tasks = [task.name for task in grid.tasks[: stage.index + 1]]
-    return RouteJob(stage.method, str(stage.dir), tasks, stage.route["settings"], candidates, questions)
 
 
 def routing_results(grid: Grid, routes: Routes) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -14,7 +14,7 @@ from swift_cl.io import read_json, sha256_file, sha256_json
 from swift_cl.stages import STAGE_FILE, WEIGHTS, Stage
 
 LORA_KEYS = (("lora_A", 1), ("lora_B", 0), ("moelora_A", 1), ("moelora_B", 0))
-NO_EFFECT = (".lora_B.", ".moelora_B.")
+NO_EFFECT = (".lora_B.", ".moelora_B.", ".houlsby_up.")
 """Tensors that are all zero before the first step."""
 
 
@@ -108,6 +108,13 @@ def candidate_stages(stage: Stage, own: Iterable[Stage]) -> list[Stage]:
             known = replace(stage, weights=entry["dir"], weights_sha256=entry["sha256"], probe=None, route=None)
         found.append(replace(known, system=entry["system"]))
     return found
+
+
+def run_adapters(stages: Sequence[Stage]) -> tuple[Adapter, ...]:
+    """All adapters of a run, each content once: those of its stages, and those that its stages choose from."""
+    own = [stage for stage in stages if stage.weights_sha256 is not None]
+    every = [*own, *(candidate for stage in stages for candidate in candidate_stages(stage, own))]
+    return unique(stage_adapter(stage) for stage in every)
 
 
 def weights_id(model: str) -> str:

@@ -1,12 +1,20 @@
 """adapter_cl from training to the table: two tasks of disjoint alphabets, routed, and asked through a real server."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from swift_cl.evaluation.client import Endpoint, Generation
 from swift_cl.evaluation.grid import EvalOptions, evaluate
 from swift_cl.evaluation.plan import GridOptions
+from swift_cl.serving.server import reserve_port
 from tests.support.train import train_stage
 
 pytestmark = pytest.mark.slow
@@ -77,6 +85,47 @@ def test_every_question_is_answered_by_its_own_alphabet(run: Path) -> None:
     lines.clear()
     assert evaluate([run], options, notify=lines.append).results == found.results
     assert lines == []
+
+
+def test_other_clients_ask_one_model(run: Path) -> None:
+    """`swift-cl deploy --route`: concurrent questions of both alphabets under one name, each named adapter is right."""
+    options = EvalOptions(GridOptions(run.parent / "benchmark.yaml"))
+    evaluate([run], options, notify=lambda line: None)
+    known = {}
+    for task in ALPHABETS:
+        text = (run / "answers" / "stage_2_second" / f"{task}.jsonl").read_text()
+        known |= {row["question"]: (row["answer"], row["served"]) for row in map(json.loads, text.splitlines()[:4])}
+    port = str(reserve_port())
+    argv = [sys.executable, "-m", "swift_cl.cli.main", "deploy", "--route", str(run), "--port", port]
+    server = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().rstrip().endswith(", auto")
+        with contextlib.closing(Endpoint(f"http://127.0.0.1:{port}/v1")) as endpoint:
+            found = {}
+
+            def ask(question: str) -> None:
+                reply = endpoint.ask("auto", [{"role": "user", "content": question}], Generation(max_tokens=4))
+                found[question] = (reply.text, reply.model)
+
+            threads = [threading.Thread(target=ask, args=(question,)) for question in known]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert found == known
+            question, (answer, name) = next(iter(known.items()))
+            stream = endpoint._client.chat.completions.create(
+                model="auto", messages=[{"role": "user", "content": question}], max_tokens=4, temperature=0, stream=True
+            )
+            chunks = list(stream)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
+            assert {chunk.model for chunk in chunks} == {name}
+    finally:
+        os.killpg(server.pid, signal.SIGINT)
+        code = server.wait(timeout=30)
+        server.stdout.close()
+    assert code == 130
 
 
 def test_a_state_that_was_changed_is_found_by_the_router(run: Path, tmp_path: Path) -> None:

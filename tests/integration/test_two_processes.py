@@ -1,77 +1,24 @@
 """Two processes (DDP, gloo) compute what one process computes, for every registered method."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from swift_cl.io import load_method_state
 from swift_cl.methods.registry import methods
-from tests.support.train import FLAGS, METHOD_FLAGS, MODEL, assert_equal_up_to_rounding, contradicting_rows
+from tests.support.chains import run_chain
+from tests.support.train import assert_equal_up_to_rounding, contradicting_rows
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_chain(folder: Path, processes: int, batch: int) -> None:
-    """Train every method over two contradicting tasks, through the command line, as a user would."""
-    one, two = folder.parent / "one.json", folder.parent / "two.json"
-    benchmark = {
-        "name": "contradiction",
-        "tasks": [
-            {"name": "first", "train": str(one), "test": str(one)},
-            {"name": "second", "train": str(two), "test": str(two)},
-        ],
-    }
-    folder.mkdir()
-    (folder / "benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
-    train: dict[str, Any] = {
-        **FLAGS,
-        "per_device_train_batch_size": batch,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "lora_dropout": 0.0,
-        "max_steps": 4,
-        "save_steps": 100,
-        **({"ddp_backend": "gloo"} if processes > 1 else {}),
-    }
-    for key in ("add_version",):
-        del train[key]
-    config = {
-        "benchmark": "benchmark.yaml",
-        "model": str(MODEL),
-        "output_dir": "runs",
-        "method": METHODS,
-        "train": train,
-        "method_settings": METHOD_FLAGS,
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("NPROC_PER_NODE", None)
-    if processes > 1:
-        environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "swift_cl.cli.main", "run", str(folder / "run.yaml"), "--mode", "train_only"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("processes")
     contradicting_rows(folder)
-    run_chain(folder / "one", processes=1, batch=4)
-    run_chain(folder / "two", processes=2, batch=2)
+    run_chain(folder / "one", METHODS, processes=1, batch=4)
+    run_chain(folder / "two", METHODS, processes=2, batch=2)
     return folder / "one" / "runs", folder / "two" / "runs"
 
 

@@ -33,7 +33,9 @@ METHODS = {
     "ewc": ("ewc", "zero1"),
     "gem": ("gem", "zero0"),
     "cia": ("cia", "zero1"),
+    "moe": ("moe_lora", "zero0"),
 }
+TUNERS = {"moe": "moelora"}
 RECIPES = [f"{model}_train_{method}" for model, method in itertools.product(MODELS, METHODS)]
 TASKS = ["2022", "2023", "2024", "2025"]
 SCRIPTS = sorted(
@@ -72,7 +74,7 @@ class TestPublishedSettings:
         for call in stages:
             expected = {
                 "model": model, "model_type": model_type, "template": template, "cl_method": method,
-                "tuner_type": "lora", "lora_rank": "64", "lora_alpha": "32", "num_train_epochs": "20",
+                "tuner_type": TUNERS.get(kind, "lora"), "lora_rank": "64", "lora_alpha": "32", "num_train_epochs": "20",
                 "per_device_train_batch_size": "4", "gradient_accumulation_steps": "1", "learning_rate": "1e-4",
                 "max_length": "4096", "torch_dtype": "bfloat16", "deepspeed": deepspeed,
                 "split_dataset_ratio": "0", "add_version": "false", "seed": "42", "data_seed": "42",
@@ -126,7 +128,7 @@ class TestChain:
 
     def test_methods_differ_in_nothing_but_the_method(self, recipe: Recipe) -> None:
         """Same prompt, shuffling, data and training flags, so that they can be compared."""
-        own = {"cl_method", "deepspeed"}
+        own = {"cl_method", "deepspeed", "tuner_type"}
         seen = []
         for kind in METHODS:
             stages = recipe(f"qwen_train_{kind}").of("sft")

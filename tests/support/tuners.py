@@ -6,7 +6,11 @@ from swift_cl.tuners.registry import tuners
 
 NAMES = sorted(tuners())
 TUNER_FLAGS: dict[str, dict[str, Any]] = {
+    "adapter": {"adapter_length": 8},
     "moelora": {"moe_lora_num_experts": 2},
+    "p_tuning": {"p_tuning_num_virtual_tokens": 5, "p_tuning_hidden_size": 32},
+    "prefix_tuning": {"prefix_tuning_num_virtual_tokens": 5, "prefix_tuning_hidden_size": 32},
+    "prompt_tuning": {"prompt_tuning_num_virtual_tokens": 5},
 }
 
 

@@ -185,7 +185,7 @@ class TestAnotherLoader:
             ({"num_experts": 3}, "num_experts is 3, but it must divide r"),
             ({"scaling": "sum"}, "scaling is 'sum', allowed: total, expert"),
             ({"router_init": "one"}, "router_init is 'one', allowed: default, zero"),
-            ({"schema_version": 2}, "schema_version of a MoELoRA adapter is 2, this version reads 1"),
+            ({"schema_version": 2}, "schema_version of a MOELORA adapter is 2, expected 1"),
         ],
     )
     def test_an_edited_file_is_refused(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:

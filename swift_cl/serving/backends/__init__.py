@@ -21,6 +21,7 @@ from swift_cl.serving.adapters import Deployment
 
 WORKERS = Path(__file__).resolve().parents[1] / "worker"
 SERVER, OFFLINE = WORKERS / "serve_adapters.py", WORKERS / "answer_lines.py"
+ROUTED = WORKERS / "serve_routed.py"
 OLDEST_SWIFT = (4, 6)
 """Up to 4.5.2 the transformers backend answers concurrent requests for different adapters with the first one's adapter,
 and one failing request stops its worker (ms-swift #10134)."""
@@ -102,14 +103,23 @@ def installed(python: str) -> Mapping[str, str]:
 
 
 def command(
-    deployment: Deployment, options: ServerOptions, host: str, port: int, base_name: str | None = None
+    deployment: Deployment,
+    options: ServerOptions,
+    host: str,
+    port: int,
+    base_name: str | None = None,
+    route_run: Path | None = None,
 ) -> Command:
-    """The command line of a server, after checking that the environment and the backend can serve the deployment."""
+    """The command line of a server, after checking that the environment and the backend can serve the deployment.
+
+    Args:
+        route_run: the run that chooses an adapter for every question for the model name `auto`; the pt backend alone.
+    """
     backend = _module(options.backend)
     packages = installed(options.python)
     _check_swift(packages, options.python)
     backend.check(deployment, packages, options)
-    script = OFFLINE if is_offline(options.backend) else SERVER
+    script = ROUTED if route_run is not None else OFFLINE if is_offline(options.backend) else SERVER
     argv = [options.python, str(script), "--model", deployment.model, "--served_model_name"]
     argv.append(base_name or deployment.base_name)
     for key, value in deployment.model_args.items():
@@ -119,7 +129,8 @@ def command(
     # Without --load_args false, system prompt, template and length of the first adapter apply to all of them.
     argv += ["--load_args", "false", "--host", host, "--port", str(port), "--verbose", "false", "--log_interval", "-1"]
     added: Command = backend.arguments(deployment, packages, options)
-    return Command([*argv, *added.argv, *options.extra], added.env)
+    env = added.env if route_run is None else {**added.env, "SWIFT_CL_ROUTE_RUN": str(route_run)}
+    return Command([*argv, *added.argv, *options.extra], env)
 
 
 def _check_swift(packages: Mapping[str, str], python: str) -> None:

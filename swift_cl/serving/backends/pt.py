@@ -9,6 +9,7 @@ from swift_cl.serving.adapters import Adapter, Deployment
 from swift_cl.serving.backends import Command, ServerOptions
 from swift_cl.tuners.registry import tuner_of_type
 
+NAME = "pt"
 ENGINES = ("transformers",)
 TUNERS = "SWIFT_CL_TUNERS"
 """Tells the worker to import our tuners, which it does without otherwise."""

@@ -18,8 +18,11 @@ from typing import Any
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.serving.server import LOG_LINES, end_group
+from swift_cl.stages import Stage
 
 WORKER = "swift_cl.serving.routing.worker"
+AUTO = "auto"
+"""The model name under which `swift-cl deploy --route` chooses an adapter for every question."""
 FD, ERROR = "SWIFT_CL_ROUTES_FD", "error"
 
 
@@ -43,9 +46,9 @@ class RouteJob:
 
     Attributes:
         stage_dir: the stage that routes.
-        tasks: the tasks learned so far, in order.
+        tasks: the tasks that it has adapters for, in the order of the candidates.
         settings: of the method, as the stage recorded them.
-        candidates: `name`, `tasks`, `dir` (absolute) and `sha256` of each.
+        candidates: `name`, `tasks`, `dir` (absolute), `sha256` and `system` of each.
     """
 
     method: str
@@ -63,6 +66,14 @@ class Routed:
     key: str
     chosen: str
     scores: dict[str, float]
+
+
+def job_of(stage: Stage, questions: Sequence[Question] = ()) -> RouteJob:
+    """The job of a stage that routes."""
+    assert stage.route is not None, f"{stage.dir} does not route"
+    candidates = [{**entry, "dir": str((stage.dir / entry["dir"]).resolve())} for entry in stage.route["candidates"]]
+    tasks = [task for entry in candidates for task in entry["tasks"]]
+    return RouteJob(stage.method, str(stage.dir), tasks, stage.route["settings"], candidates, list(questions))
 
 
 def run_jobs(

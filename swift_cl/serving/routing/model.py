@@ -14,6 +14,7 @@ from swift_cl.methods._adapters import ADAPTER_FILE, AdapterSwitch
 from swift_cl.methods._routing import Candidate, Message, Route, RouteRequest
 from swift_cl.methods.base import Method
 from swift_cl.serving.adapters import file_digest
+from swift_cl.serving.routing import RouteJob
 from swift_cl.stages import STATE_DIR
 
 
@@ -143,12 +144,14 @@ class StageRouter:
         return routes
 
 
-def make_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method as it was configured in training."""
+def router_of(job: RouteJob, model: RouteModel) -> StageRouter:
+    """The router of a job's stage, with its method as it was configured in training."""
     from swift_cl.methods.registry import get_method
 
-    kind = get_method(name)
+    kind = get_method(job.method)
     try:
-        return kind(kind.config_class(**settings))
+        method = kind(kind.config_class(**job.settings))
     except TypeError as error:
-        raise UserError(f"method '{name}' of this version does not have the stage's settings ({error})") from None
+        raise UserError(f"method '{job.method}' of this version does not have the stage's settings ({error})") from None
+    candidates = [Candidate(c["name"], tuple(c["tasks"]), Path(c["dir"])) for c in job.candidates]
+    return StageRouter(method, Path(job.stage_dir), job.tasks, candidates, model)

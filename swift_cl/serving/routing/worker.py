@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
-from swift_cl.methods._routing import Candidate, RouteRequest
-from swift_cl.serving.routing import ERROR, FD
-from swift_cl.serving.routing.model import RouteModel, StageRouter, load_base, make_method
+from swift_cl.methods._routing import RouteRequest
+from swift_cl.serving.routing import ERROR, FD, RouteJob
+from swift_cl.serving.routing.model import RouteModel, load_base, router_of
 
 AT_ONCE = 64
 """Questions after which choices are handed over, so that a stopped run goes on from there."""
@@ -33,16 +33,9 @@ def main(path: Path) -> None:
             out.write(json.dumps({ERROR: str(error)}) + "\n")
 
 
-def stage_router(job: dict[str, Any], model: RouteModel) -> StageRouter:
-    """The router of a job's stage."""
-    candidates = [Candidate(c["name"], tuple(c["tasks"]), Path(c["dir"])) for c in job["candidates"]]
-    method = make_method(job["method"], job["settings"])
-    return StageRouter(method, Path(job["stage_dir"]), list(job["tasks"]), candidates, model)
-
-
 def _route(job: dict[str, Any], model: RouteModel, out: Any) -> None:
-    router = stage_router(job, model)
-    questions = job["questions"]
+    questions = job.pop("questions")
+    router = router_of(RouteJob(**job), model)
     for start in range(0, len(questions), AT_ONCE):
         batch = questions[start : start + AT_ONCE]
         requests = [RouteRequest(tuple(q["messages"]), q["systems"], q["system"]) for q in batch]

@@ -31,6 +31,8 @@ class AdapterEngine(TransformersEngine):
         for name, path in adapters.items():
             self._add_adapter(path, name)
             self._adapters_pool[name] = AdapterRequest(name, path)
+        if adapters and self.model.active_peft_config.is_prompt_learning:
+            self.model.__class__ = prompted(type(self.model))
         self.model.eval()
 
     def _get_adapter_names(self, adapter_request: Any) -> None:
@@ -65,13 +67,24 @@ class AdapterEngine(TransformersEngine):
 
     def _infer_stream(self, inputs: Any, *, adapter_request: Any, **kwargs: Any) -> Any:
         with self._activate(adapter_request):
-            yield from super()._infer_stream(inputs, adapter_request=None, **kwargs)
+            for chunks in super()._infer_stream(inputs, adapter_request=None, **kwargs):
+                for chunk in chunks:
+                    if chunk is not None and adapter_request is not None:
+                        chunk.model = adapter_request.name
+                yield chunks
+
+
+def prompted(kind: type) -> type:
+    """The class of a model with trained prompts, whose `model` is the base model: ms-swift asks it for `generate`, and
+    PEFT's own `model` is the backbone inside it."""
+    return type(kind.__name__, (kind,), {"model": property(lambda self: self.base_model)})
 
 
 class AdapterDeploy(SwiftDeploy):
     """Deploys with `AdapterEngine` where ms-swift would use its transformers engine."""
 
     infer_engine: Any
+    engine_class = AdapterEngine
 
     def __init__(self, args: Any = None) -> None:
         if os.environ.get("SWIFT_CL_TUNERS"):
@@ -81,7 +94,7 @@ class AdapterDeploy(SwiftDeploy):
         super().__init__(args)
         if self.args.infer_backend == "transformers":
             mapping = self.args.adapter_mapping
-            engine = AdapterEngine(
+            engine = self.engine_class(
                 self.infer_engine.model, template=self.template, max_batch_size=self.args.max_batch_size
             )
             engine.strict = True

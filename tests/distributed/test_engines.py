@@ -1,0 +1,86 @@
+"""Two processes under every engine compute what one process computes: weights of the second task, per method, in fp32.
+
+The whole matrix takes an hour on two cores: `sh tests/run.sh --distributed`. Otherwise two cells run of those that have
+been seen to hold, others for every commit.
+"""
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swift_cl.methods.registry import methods
+from tests.support.chains import STAGES, run_chain
+from tests.support.train import assert_equal_up_to_rounding, contradicting_rows
+
+pytest.importorskip("deepspeed", reason="needs deepspeed")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+WHOLE = os.environ.get("SWIFT_CL_DISTRIBUTED") == "all"
+PART = 2
+"""Cells for a commit."""
+# fp32 keeps one process and two comparable; ms-swift takes float32 for a request of fp16 training.
+FP32 = {"fp16": False, "bf16": False}
+ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero0": (0, {"deepspeed": "zero0", **FP32}),
+    "zero1": (1, {"deepspeed": "zero1", **FP32}),
+    "zero2": (2, {"deepspeed": "zero2", **FP32}),
+    "zero3": (3, {"deepspeed": "zero3", **FP32}),
+}
+"""ZeRO stage and settings by name. DDP is in tests/integration/test_two_processes.py, always and for every method."""
+
+
+def cells() -> Iterator[tuple[str, str]]:
+    """(engine, method) of everything that the methods declare to support."""
+    for engine, (stage, _) in ENGINES.items():
+        for name, method in sorted(methods().items()):
+            if stage in method(method.config_class()).supports().deepspeed:
+                yield engine, name
+
+
+def chosen() -> list[tuple[str, str]]:
+    """All cells, or the part that is this commit's."""
+    every = list(cells())
+    if WHOLE:
+        return every
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return random.Random(git.stdout).sample(every, min(PART, len(every)))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+def write_tasks(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    contradicting_rows(folder)
+
+
+def alone(work: Path, method: str) -> Path:
+    """The method's run in one process, made once."""
+    folder = work / "alone" / method
+    if not folder.is_dir():
+        write_tasks(folder.parent)
+        run_chain(folder, [method], processes=1, batch=4)
+    return folder / "runs" / method
+
+
+@pytest.mark.parametrize(("engine", "method"), chosen())
+def test_two_processes_equal_one(work: Path, engine: str, method: str) -> None:
+    one = alone(work, method)
+    folder = work / engine
+    write_tasks(folder)
+    run_chain(folder / method, [method], 2, 2, ENGINES[engine][1], {"DS_ACCELERATOR": "cpu"})
+    two = folder / method / "runs" / method
+    assert_equal_up_to_rounding(one / STAGES[0], one / STAGES[1], two / STAGES[1])
+
+
+def test_every_method_has_its_cells() -> None:
+    """A method that runs nowhere would be a name in a table."""
+    assert {method for _, method in cells()} == set(methods())
