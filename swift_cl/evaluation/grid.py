@@ -190,12 +190,12 @@ def prepare(run_dirs: Sequence[Path], options: EvalOptions) -> tuple[list[Grid],
 
 def missing_answers(grids: Sequence[Grid]) -> list[str]:
     """One line for each cell that is not complete, run by run."""
-    return [f"{grid.run.dir}: {line}" for grid in grids for line in collect(grid)[1]]
+    return [f"{grid.run.dir}: {line}" for grid in grids for part in grid.parts for line in collect(part)[1]]
 
 
 def count_answers(grids: Sequence[Grid]) -> tuple[int, int]:
     """Turns without an answer, and all turns, over the cells of the base and the trained stages."""
-    cells = [cell for grid in grids for cell in collect(grid)[0].values()]
+    cells = [cell for grid in grids for part in grid.parts for cell in collect(part)[0].values()]
     return sum(cell.expected - len(cell.items) for cell in cells), sum(cell.expected for cell in cells)
 
 
@@ -209,6 +209,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
+    grids = [part for grid in grids for part in grid.parts]
     plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:
         for plan in plans:
@@ -230,7 +231,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
         (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
     ]
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
-    log = journal([grid.run.dir for grid in grids], settings.backend)
+    log = journal(list(dict.fromkeys(grid.run.dir for grid in grids)), settings.backend)
     with (
         terminate_raises(),
         log as record,

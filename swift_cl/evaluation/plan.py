@@ -1,7 +1,7 @@
 """What is to be asked: for each run the rows (base and stages) and columns (tasks) of its grid, as plain data."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swift_cl.errors import UserError, did_you_mean
@@ -69,6 +69,9 @@ class Grid:
         rows: test rows of each task, in the order of `tasks`.
         base: the base model's row.
         stages: one entry a task of the order; None for a stage that was not trained yet.
+        views: grids of further questions about the tasks, by name.
+        probe: the grid of the tasks that are asked and never learned; it is not square.
+        is_part: whether this is the view or the probe of another grid.
     """
 
     run: Run
@@ -77,6 +80,14 @@ class Grid:
     rows: tuple[tuple[Row, ...], ...]
     base: Target
     stages: tuple[Target | None, ...]
+    views: Mapping[str, "Grid"] = field(default_factory=dict)
+    probe: "Grid | None" = None
+    is_part: bool = False
+
+    @property
+    def parts(self) -> list["Grid"]:
+        """This grid, and what is asked beside it."""
+        return [self, *self.views.values(), *([] if self.probe is None else [self.probe])]
 
     @property
     def targets(self) -> list[Target]:
@@ -128,7 +139,22 @@ def load_grid(run_dir: Path, options: GridOptions) -> Grid:
     tasks = _tasks(run, benchmark, options.order)
     rows = tuple(tuple(task.test_rows()[: options.test_limit]) for task in tasks)
     base, stages = _targets(run, [task.name for task in tasks])
-    return Grid(run, benchmark, tasks, rows, base, stages)
+    grid = Grid(run, benchmark, tasks, rows, base, stages)
+
+    def part(others: Iterable[Task]) -> Grid:
+        own = tuple(others)
+        own_rows = tuple(tuple(task.test_rows()[: options.test_limit]) for task in own)
+        return replace(grid, tasks=own, rows=own_rows, is_part=True)
+
+    if benchmark.views or benchmark.probes:
+        routed = next((stage for stage in stages if stage is not None and stage.choices), None)
+        if routed is not None:
+            raise UserError(
+                f"{run_dir}: {routed.row} chooses an adapter for each question, among those of the learned tasks; "
+                f"{path} asks views or probes as well"
+            )
+    views = {name: part(view[task.name] for task in tasks) for name, view in benchmark.views.items()}
+    return replace(grid, views=views, probe=part(benchmark.probes) if benchmark.probes else None)
 
 
 def _tasks(run: Run, benchmark: Benchmark, order: str | None) -> tuple[Task, ...]:

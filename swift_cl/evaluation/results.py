@@ -12,6 +12,9 @@ results.json (schema 1) has for each scorer, beside `base`, `matrix`, `n`, `n_ba
 
 A run that chooses an adapter for every question has `routing` beside `scorers`, see `routes.routing_results`.
 
+Beside `scorers` a benchmark's views give `views` {view: {scorer: the same}}, its scenario `scenario` (see `scenarios`),
+and its probes `probes` {"tasks", "scorers": {scorer: {"base", "rows", "change", "delta_g"}}}.
+
 Scores of single answers are in RUN_DIR/scores, see `score_files`.
 """
 
@@ -24,6 +27,7 @@ from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
 from swift_cl.evaluation.questions import base_of, wanted_keys
 from swift_cl.evaluation.routes import Routes, routing_results
+from swift_cl.evaluation.scenarios import general_ability, scenario_metrics
 from swift_cl.evaluation.score_files import write_scores
 from swift_cl.evaluation.scorers import Item
 from swift_cl.evaluation.scoring import PER_TASK, GridScorer, ScoredCell, facts, reference_items, score_cells
@@ -169,7 +173,7 @@ def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
                 detail = "; ".join(found.problems[:3])
                 problems.append(f"{target.row} x {task.name}: {missing} of {found.expected} answers missing ({detail})")
     for index, stage in enumerate(grid.stages):
-        if stage is None:
+        if stage is None and not grid.is_part:
             problems.append(f"stage {index + 1} ({grid.tasks[index].name}) is not trained yet; its row is null")
     return cells, problems
 
@@ -218,7 +222,48 @@ def score_grid(grid: Grid, scorers: Sequence[GridScorer], backend: str) -> Score
     routing = routing_results(grid, stored_routes(grid))
     if routing is not None:
         results["routing"] = routing
+    results |= _score_parts(grid, scorers, found, problems)
     return Scored(results, problems)
+
+
+def _score_parts(
+    grid: Grid, scorers: Sequence[GridScorer], main: Mapping[str, Any], problems: list[str]
+) -> dict[str, Any]:
+    """What results.json says of views and probes; nothing for a benchmark without."""
+    found: dict[str, Any] = {}
+    views: dict[str, dict[str, Any]] = {}
+    for name, view in grid.views.items():
+        cells, own = collect(view)
+        problems += own
+        for scorer in scorers:
+            views.setdefault(name, {})[scorer.name], own = _score_one(view, scorer, cells)
+            problems += own
+    if views:
+        found["views"] = views
+    if grid.benchmark.scenario is not None:
+        found["scenario"] = scenario_metrics(grid.benchmark.scenario, main, views)
+    if grid.probe is not None:
+        cells, own = collect(grid.probe)
+        problems += own
+        found["probes"] = {
+            "tasks": [task.name for task in grid.probe.tasks],
+            "scorers": {scorer.name: score_probe(grid.probe, scorer, cells) for scorer in scorers},
+        }
+    return found
+
+
+def score_probe(grid: Grid, scorer: GridScorer, cells: Mapping[tuple[str, str], CellAnswers]) -> dict[str, Any]:
+    """A scorer's part of the probes: a row a model, a column a probe, and how they changed."""
+    done = score_cells(scorer, {key: found.items for key, found in cells.items()})
+    for (row, task), found in cells.items():
+        write_scores(grid.run.dir, scorer.name, row, task, found.items, found.keys, done[row, task].scores)
+
+    def row_of(target: Target | None) -> list[Cell]:
+        keys = [] if target is None else [(target.row, task.name) for task in grid.tasks]
+        return [done[key].value if cells[key].complete else None for key in keys] or [None] * len(grid.tasks)
+
+    base, rows = row_of(grid.base), [row_of(target) for target in grid.stages]
+    return {"base": base, "rows": rows, **general_ability(base, rows[-1], scorer.higher_is_better)}
 
 
 def _score_one(
@@ -249,7 +294,7 @@ def _score_one(
         "higher_is_better": scorer.higher_is_better,
         "range": list(scorer.range),
         "cell": scorer.cell,
-        **({"by_task": scorer.names} if scorer.name == PER_TASK else {}),
+        **({"by_task": {task.name: scorer.names[task.name] for task in grid.tasks}} if scorer.name == PER_TASK else {}),
         "base": list(matrix.base or ()),
         "matrix": [list(row) for row in matrix.rows],
         "n": [[count for _, count in row] for row in rows],

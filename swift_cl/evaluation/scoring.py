@@ -180,7 +180,7 @@ def _for_grid(
     grid: Grid, name: str, model: str | None, given: ScorerOptions, ready: dict[str, LoadedScorer]
 ) -> GridScorer:
     by_task: dict[str, LoadedScorer] = {}
-    for task in grid.tasks:
+    for task in (task for part in grid.parts for task in part.tasks):
         used = _own_name(grid.benchmark, grid.tasks, task) if name == PER_TASK else name
         options = {
             **grid.benchmark.scorer_options.get(used, {}), **task.scorer_options.get(used, {}), **given.get(used, {})
@@ -203,6 +203,8 @@ def score_cells(
     scores: dict[tuple[str, str], list[Score]] = {}
     for loaded in {id(entry): entry for entry in scorer.by_task.values()}.values():
         own = [key for key in cells if scorer.by_task[key[1]] is loaded]
+        if not own:
+            continue  # of a view or a probe, which are scored apart
         flat = iter(loaded.score_items([item for key in own for item in cells[key]]))
         for key in own:
             scores[key] = [next(flat) for _ in cells[key]]
@@ -223,7 +225,8 @@ def _cell(scorer: LoadedScorer, items: Sequence[Item], scores: list[Score]) -> S
 def facts(scorer: GridScorer, cells: Mapping[tuple[str, str], Sequence[Item]]) -> dict[str, Any]:
     """What the scorer says about how it scored: one object, or one for each group of tasks with equal settings."""
     groups: dict[int, list[str]] = {}
-    for task, loaded in scorer.by_task.items():
+    asked = {task for _, task in cells}
+    for task, loaded in ((task, loaded) for task, loaded in scorer.by_task.items() if task in asked):
         groups.setdefault(id(loaded), []).append(task)
     said = []
     for tasks in groups.values():

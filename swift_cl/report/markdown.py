@@ -14,6 +14,7 @@ from swift_cl.report.tables import (
     legend_lines,
     references,
     routing_tables,
+    scenario_tables,
     summary_tables,
 )
 from swift_cl.report.training import TrainingRecord, training_record
@@ -37,7 +38,7 @@ def render_markdown(runs: Sequence[ReportRun], plots: Mapping[str, str]) -> str:
     if lines:
         parts.append("## Problems\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append(sample_size(runs))
-    parts += [_table(table) for table in summary_tables(results)]
+    parts += [_table(table) for table in (*summary_tables(results), *scenario_tables(results))]
     over = aggregate(runs)
     parts += [_over_runs(comparison_table(entry)) for entry in over.comparisons]
     if over.refused:

@@ -9,6 +9,7 @@ from swift_cl.evaluation.routes import method_of
 
 Results = dict[str, Any]
 NOT_MEASURED = "-"
+BASE_ROW = "base"
 FLOOR = "floor"
 METRIC_NAMES = {
     "avg_acc": "Avg.ACC",
@@ -196,6 +197,45 @@ def summary_tables(results: Sequence[Results]) -> list[Table]:
         notes = (f"{NOT_MEASURED}: undefined, or a cell that it needs was not measured",) if missing else ()
         header = ["method", *(METRIC_NAMES[name] for name in SUMMARY)]
         tables.append(Table(f"metrics of {scorer}, {better} is better", header, rows, notes))
+    return tables
+
+
+SCENARIO_NOTES = {
+    "edit_success": "questions of the edits as they were learned, last row",
+    "generalisation": "the same in other words, last row",
+    "locality": "questions that no edit is about, last row",
+    "ma": "memorisation: incremental average over the learned questions",
+    "ga": "generalisation: incremental average over the questions in other words",
+    "mf": "forgetting of the learned questions; positive = worse",
+    "gf": "forgetting of the questions in other words; positive = worse",
+}
+
+
+def scenario_tables(results: Sequence[Results]) -> list[Table]:
+    """For each scorer the metrics of the benchmark's scenario, and the probes before and after."""
+    tables = []
+    named = list(zip(labels(results), results, strict=True))
+    for scorer in scorers(results):
+        own = [(label, entry["scenario"][scorer]) for label, entry in named if scorer in entry.get("scenario", {})]
+        if own:
+            names = list(own[0][1])
+            rows = [[label, *(number(metrics.get(name)) for name in names)] for label, metrics in own]
+            notes = tuple(f"{name}: {SCENARIO_NOTES[name]}" for name in names)
+            tables.append(Table(f"scenario metrics, {scorer}", ["method", *names], rows, notes))
+        probed = [
+            (label, entry["probes"]) for label, entry in named if scorer in entry.get("probes", {}).get("scorers", {})
+        ]
+        if probed:
+            tasks = probed[0][1]["tasks"]
+            rows = []
+            for label, probes in probed:
+                found = probes["scorers"][scorer]
+                rows.append([label, BASE_ROW, *map(number, found["base"]), ""])
+                rows.append([label, "last", *map(number, found["rows"][-1]), ""])
+                rows.append([label, "change", *map(number, found["change"]), number(found["delta_g"])])
+            note = "change: last minus base, negative = worse; delta_g: its mean over the probes"
+            title = f"probes (asked, never learned), {scorer}"
+            tables.append(Table(title, ["method", "model", *tasks, "delta_g"], rows, (note,)))
     return tables
 
 

@@ -14,6 +14,7 @@ from swift_cl.report.tables import (
     number,
     problem_lines,
     routing_tables,
+    scenario_tables,
     summary_tables,
 )
 
@@ -52,7 +53,8 @@ def table_text(table: Table) -> str:
 
 def render_text(results: Sequence[Results]) -> str:
     """All runs in one text: the base row and the stage rows of every method, then the metrics side by side."""
-    parts = [table_text(table) for table in (*grid_tables(results), *routing_tables(results), *summary_tables(results))]
+    tables = [*grid_tables(results), *routing_tables(results), *summary_tables(results), *scenario_tables(results)]
+    parts = [table_text(table) for table in tables]
     parts.append("\n".join(legend_lines()))
     problems = problem_lines(results)
     if problems:

@@ -1,23 +1,22 @@
 """A benchmark file: which tasks there are, in which orders they are learned, and how answers are scored."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.io import read_text
 from swift_cl.stream import catalogue
+from swift_cl.stream.benchmark_file import SCENARIO_VIEWS, BenchmarkModel, ProbeModel, ViewModel
 from swift_cl.stream.files import mentions_images, starts_with_mark
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
 from swift_cl.stream.readers.messages import check_head
 from swift_cl.stream.rows import Row, check_askable
 from swift_cl.stream.validation import explain
-
-TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 STREAMED_HEAD = 1000
 """Rows of a streamed file that are checked before the start."""
@@ -89,6 +88,9 @@ class Benchmark:
 
     Attributes:
         scorer_options: settings by scorer name; the scorers themselves check them (`swift_cl.evaluation.scorers`).
+        views: further questions about the tasks, by name: for each task a task `<task>@<view>` that has them.
+        probes: tasks that are asked after every stage and never learned.
+        scenario: which metrics of views are meant, see `swift_cl.evaluation.scenarios`.
         root: the folder that the data files' names start from.
         data_source: where the data is to be had and how to lay it out, for people.
     """
@@ -103,6 +105,14 @@ class Benchmark:
     root: Path = Path()
     description: str = ""
     data_source: str = ""
+    views: Mapping[str, Mapping[str, Task]] = field(default_factory=dict)
+    probes: tuple[Task, ...] = ()
+    scenario: str | None = None
+
+    def also_asked(self, tasks: Iterable[Task]) -> list[Task]:
+        """What is asked beside the tasks themselves: their views, and the probes."""
+        names = [task.name for task in tasks]
+        return [*(view[name] for view in self.views.values() for name in names), *self.probes]
 
     def order(self, name: str | None = None) -> list[Task]:
         """The tasks of an order; without a name, of `default`, or else of the first one in the file."""
@@ -112,104 +122,6 @@ class Benchmark:
             hint = did_you_mean(name, list(self.orders))
             raise UserError(f"{self.path}: order {name!r} is unknown, allowed: {', '.join(self.orders)}{hint}")
         return [self.tasks[task] for task in self.orders[name]]
-
-
-class GenerationModel(BaseModel):
-    """How answers are generated.
-
-    Attributes:
-        max_tokens: limit of an answer, in tokens; default: 512.
-        temperature: 0 is greedy; default: 0.
-        top_p, top_k, min_p: where sampling stops; as the endpoint understands them.
-        repetition_penalty, presence_penalty, frequency_penalty: as the endpoint understands them.
-        seed: of the sampling.
-        stop: texts that end an answer.
-        extra: further fields of the request, whatever the endpoint takes.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    extra: dict[str, Any] = {}
-
-    def settings(self) -> dict[str, Any]:
-        """What is set, `extra` beside the rest."""
-        given = self.model_dump(exclude_none=True)
-        return {**given.pop("extra"), **given}
-
-
-class TaskModel(BaseModel):
-    """One task of a benchmark file.
-
-    Attributes:
-        name: the task's name; also the name of its column, and part of its stage's folder name.
-        train, test: data file, relative to the benchmark's data folder.
-        format: format of both files; default: the benchmark's.
-        system: system prompt of the stage that learns the task; default: the template's own.
-        scorers: scorers of this task; default: the benchmark's.
-        scorer_options: settings by scorer name; they win over the benchmark's key by key.
-        generation: limits of an answer; they win over the benchmark's key by key.
-        train_limit, test_limit: only the first so many rows.
-        options: settings of the format for both files.
-        train_options, test_options: settings of the format for one file; they win over `options`.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    name: TaskName
-    train: str
-    test: str
-    format: str | None = None
-    system: str | None = None
-    scorers: list[str] = []
-    scorer_options: dict[str, dict[str, Any]] = {}
-    generation: GenerationModel = Field(default_factory=GenerationModel)
-    train_limit: int | None = Field(default=None, ge=1)
-    test_limit: int | None = Field(default=None, ge=1)
-    options: dict[str, Any] = {}
-    train_options: dict[str, Any] = {}
-    test_options: dict[str, Any] = {}
-
-
-class BenchmarkModel(BaseModel):
-    """A benchmark: tasks, the orders in which they are learned, and how answers are scored. Unknown keys are errors.
-
-    Attributes:
-        name: the benchmark's name.
-        description: for people.
-        data_source: where the data is to be had and how to lay it out, for people.
-        format: format of the data files, see `swift-cl ls benchmarks` and assets/formats.md.
-        data_dir: folder of the data files, relative to this file; default: this file's folder.
-        tasks: the tasks.
-        orders: task names by name of an order; default: one order `default`, as the tasks stand here.
-        scorers: scorers of the tasks that name none.
-        scorer_options: settings by scorer name.
-        generation: limits of an answer, such as `max_tokens`.
-        options: settings of the format for all tasks and both files; a task's own win, and among them those of a file.
-        train_options, test_options: settings of the format for all training or all test files.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    name: TaskName
-    description: str = ""
-    data_source: str = ""
-    format: str = "messages"
-    data_dir: str | None = None
-    tasks: list[TaskModel] = Field(min_length=1)
-    orders: dict[str, list[str]] = {}
-    scorers: list[str] = ["similarity"]
-    scorer_options: dict[str, dict[str, Any]] = {}
-    generation: GenerationModel = Field(default_factory=GenerationModel)
-    options: dict[str, Any] = {}
-    train_options: dict[str, Any] = {}
-    test_options: dict[str, Any] = {}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -264,10 +176,7 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         train_options = {**shared, **model.train_options, **entry.train_options}
         test_options = {**shared, **model.test_options, **entry.test_options}
         for options in (train_options, test_options):
-            try:
-                parse_options(file_format, options)
-            except UserError as error:
-                raise UserError(f"{path}: task {entry.name!r}: {error}") from None
+            check_options(path, f"task {entry.name!r}", file_format, options)
         tasks[entry.name] = Task(
             entry.name,
             locate(root, entry.train, file_format),
@@ -282,6 +191,19 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             train_options=train_options,
             test_options=test_options,
         )
+    views = {
+        view: {
+            entry.name: _view(path, root, tasks[entry.name], view, model.views, entry.views) for entry in model.tasks
+        }
+        for view in dict.fromkeys([*model.views, *(view for entry in model.tasks for view in entry.views)])
+    }
+    probes = tuple(_probe(path, root, model, entry) for entry in model.probes)
+    names = [*tasks, *(probe.name for probe in probes)]
+    if len(set(names)) != len(names):
+        raise UserError(f"{path}: probes: a probe has the name of a task or of another probe")
+    missing = [view for view in SCENARIO_VIEWS.get(model.scenario or "", ()) if view not in views]
+    if missing:
+        raise UserError(f"{path}: scenario {model.scenario} needs the view {missing[0]!r}, found: {list(views)}")
     orders = {name: tuple(order) for name, order in model.orders.items()} or {"default": tuple(tasks)}
     check_orders(path, orders, tasks)
     return Benchmark(
@@ -295,7 +217,59 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         root,
         " ".join(model.description.split()),
         " ".join(model.data_source.split()),
+        views,
+        probes,
+        model.scenario,
     )
+
+
+def _view(
+    path: Path, root: Path, task: Task, name: str, shared: Mapping[str, ViewModel], own: Mapping[str, ViewModel]
+) -> Task:
+    """A task's further questions, as a task."""
+    entries = [entries[name] for entries in (shared, own) if name in entries]
+    if not entries:
+        raise UserError(f"{path}: task {task.name!r} has no view {name!r}, which other tasks have")
+    file = next((entry.test for entry in reversed(entries) if entry.test), None)
+    options = dict(task.test_options)
+    for entry in entries:
+        options |= entry.test_options
+    check_options(path, f"task {task.name!r}, view {name!r}", task.file_format, options)
+    test = task.test if file is None else locate(root, file, task.file_format)
+    return replace(task, name=f"{task.name}@{name}", test=test, test_options=options)
+
+
+def _probe(path: Path, root: Path, model: BenchmarkModel, entry: ProbeModel) -> Task:
+    """A probe as a task whose training rows nobody reads."""
+    file_format = entry.format or model.format
+    options = (
+        {**model.options, **model.test_options, **entry.test_options}
+        if file_format == model.format
+        else {**entry.test_options}
+    )
+    check_options(path, f"probe {entry.name!r}", file_format, options)
+    file = locate(root, entry.test, file_format)
+    return Task(
+        entry.name,
+        file,
+        file,
+        file_format,
+        entry.system,
+        tuple(entry.scorers),
+        test_limit=entry.test_limit,
+        scorer_options=entry.scorer_options,
+        train_options=options,
+        test_options=options,
+        generation=entry.generation.settings(),
+    )
+
+
+def check_options(path: Path, where: str, file_format: str, options: Mapping[str, Any]) -> None:
+    """Refuse settings that a format does not have."""
+    try:
+        parse_options(file_format, options)
+    except UserError as error:
+        raise UserError(f"{path}: {where}: {error}") from None
 
 
 def check_orders(path: Path, orders: Mapping[str, tuple[str, ...]], tasks: Mapping[str, Task]) -> None:

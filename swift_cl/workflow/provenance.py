@@ -90,7 +90,7 @@ def benchmark_files(benchmark: Benchmark) -> list[Path]:
 def fingerprints(benchmark: Benchmark, tasks: Sequence[Task], streaming: bool) -> dict[str, dict[str, Any]]:
     """Fingerprints of the benchmark's definition and of every data file of the tasks, by absolute path."""
     streamed = {task.train for task in tasks} if streaming else set()
-    files = (*benchmark_files(benchmark), *needed(tasks))
+    files = (*benchmark_files(benchmark), *needed([*tasks, *benchmark.also_asked(tasks)]))
     return {str(path.resolve()): fingerprint(path, path in streamed) for path in files}
 
 

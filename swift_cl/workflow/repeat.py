@@ -30,7 +30,8 @@ def repeated(run_dir: Path, notify: Callable[[str], None]) -> tuple[RunConfig, B
     except ValidationError as error:
         raise explain(run_dir / PROVENANCE_FILE, error, RunConfig, recorded["config"]) from None
     benchmark = load_benchmark(Path(config.benchmark), Path(config.data_dir) if config.data_dir else None)
-    check_on_disk(benchmark, benchmark.order(config.orders[0]))
+    tasks = benchmark.order(config.orders[0])
+    check_on_disk(benchmark, [*tasks, *benchmark.also_asked(tasks)])
     check_same_inputs(recorded, benchmark, config)
     for line in changes_since(recorded):
         notify(line)

@@ -28,7 +28,10 @@ def check_rows(config: RunConfig, benchmark: Benchmark) -> dict[str, tuple[int |
         UserError: a file is missing, or a row is wrong.
     """
     tasks = tasks_of(config, benchmark)
-    check_on_disk(benchmark, tasks)
+    also_asked = benchmark.also_asked(tasks)
+    check_on_disk(benchmark, [*tasks, *also_asked])
+    for task in also_asked:
+        task.test_rows()
     counts: dict[str, tuple[int | None, int]] = {}
     for task in tasks:
         if config.streaming:

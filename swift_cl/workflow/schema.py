@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from swift_cl.stream.benchmark import BenchmarkModel
+from swift_cl.stream.benchmark_file import BenchmarkModel
 from swift_cl.workflow.config import RunConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

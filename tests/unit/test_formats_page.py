@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from swift_cl.stream import catalogue
-from swift_cl.stream.benchmark import BenchmarkModel, TaskModel, load_benchmark
+from swift_cl.stream.benchmark import load_benchmark
+from swift_cl.stream.benchmark_file import BenchmarkModel, TaskModel
 from swift_cl.stream.readers import _reader, formats
 from tests.conftest import ROOT
 
