@@ -77,6 +77,7 @@ class FakeContext:
         self.rows: list[TrainingRow] = []
         self.channels: list[str | None] | None = None
         self.engines: Engines | None = None
+        self.teacher_dir: Path | None = None
         self.generated_dir = folder / "generated"
 
     def engine(self, weights: Path | None, backend: str) -> Any:
