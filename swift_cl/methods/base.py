@@ -185,6 +185,10 @@ class TaskContext(Protocol):
         """
 
     @property
+    def teacher_dir(self) -> Path | None:
+        """The adapter that `Method.teacher_stage` asked for."""
+
+    @property
     def generated_dir(self) -> Path:
         """Folder for the files of this stage's generation; a resumed stage finds them there again."""
 
@@ -257,6 +261,14 @@ class Method:
     def required_flags(self) -> Mapping[str, str]:
         """ms-swift flags that this configuration needs: set where they are not given, refused where they differ."""
         return {}
+
+    def teacher_stage(self, first_task: bool) -> Mapping[str, str] | None:
+        """Flags of a stage that is trained before this one on the same rows, from the base model; None for none.
+
+        They change this stage's own: `cl_method` and that method's flags are needed, none of this one's is passed on.
+        Its adapter is `ctx.teacher_dir`; it is deleted after the stage unless the config has a true `keep_teacher`.
+        """
+        return None
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on. Runs on rank 0 before the model is prepared (`ctx.model` is not there yet)."""

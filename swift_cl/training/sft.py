@@ -26,6 +26,7 @@ from swift_cl.training.flags import flag_values
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
+from swift_cl.training.teacher import drop_teacher, train_teacher
 from swift_cl.training.trainer import TRAINERS
 from swift_cl.tuners.registry import settings_of, tuners
 
@@ -54,7 +55,8 @@ class CLSft(SwiftSft):
     args_class = SftArguments
 
     def __init__(self, argv: list[str], shared: tuple[Any, Any] | None = None) -> None:
-        self._shared = shared
+        # Before anything of this stage is set up: the teacher's stage is one like any other, one after the other.
+        teacher, self._shared = train_teacher(argv, shared, CLSft)
         args, self._previous = parse_stage_arguments(argv)
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
@@ -63,6 +65,7 @@ class CLSft(SwiftSft):
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
+        self.session.teacher_dir = teacher
         self.session.template = self.template
         self.session.open_engine = self._open_engine
         self.session.micro_batch = args.per_device_train_batch_size
@@ -235,6 +238,7 @@ class CLSft(SwiftSft):
                 route=self.session.route_record(),
             ).save()
         distributed.barrier()
+        drop_teacher(self.session.teacher_dir, self._method.config)
 
     def _probe(self, trainer: Any, weights: Path) -> dict[str, Any] | None:
         """What the kept weights answer; None where others are kept than are in memory and one process does not hold

@@ -52,10 +52,11 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
         "pseudo_replay_min_fill": 0.0,
     },
     "lamol": {"lamol_max_new_tokens": 24, "lamol_max_rounds": 1, "lamol_min_fill": 0.0},
+    "l2kd": {"l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
 }
 # Methods whose first task has more to learn than the task.
-MORE_THAN_THE_TASK = ("lamol", "lamol_kd")
+MORE_THAN_THE_TASK = ("l2kd", "lamol", "lamol_kd")
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
