@@ -6,6 +6,7 @@ from swift_cl.tuners.registry import tuners
 
 NAMES = sorted(tuners())
 TUNER_FLAGS: dict[str, dict[str, Any]] = {
+    "adalora": {"adalora_init_r": 4, "adalora_target_r": 2},
     "adapter": {"adapter_length": 8},
     "moelora": {"moe_lora_num_experts": 2},
     "p_tuning": {"p_tuning_num_virtual_tokens": 5, "p_tuning_hidden_size": 32},

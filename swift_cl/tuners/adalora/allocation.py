@@ -1,0 +1,105 @@
+"""When triplets are taken away, and what a resumed run needs to know about it.
+
+PEFT's own saving cuts the taken triplets out of the tensors. What it then loads has other sizes than its optimizer
+state and its importances, and cannot be trained further. Here a file always holds all triplets, those that are taken
+away with E = 0: the same function, and the next task begins with the whole budget again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from swift.callbacks import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from swift_cl.errors import UserError
+from swift_cl.io import atomic_write
+from swift_cl.tuners.base import TRAINED
+
+FEWEST_STEPS = 3
+"""One that measures importance, one that takes away by it, one with what is left."""
+UNKNOWN_STEPS = 1 << 30
+"""The number of steps, until training begins."""
+IMPORTANCE = "adalora_importance.safetensors"
+MEANS, SPREADS, KEPT = "mean/", "spread/", "kept/"
+
+
+def base_of(model: Any) -> Any:
+    """PEFT's AdaLoRA model inside wrappers."""
+    return getattr(model, "module", model).base_model
+
+
+def set_schedule(config: Any, steps: int) -> None:
+    """First and last step of the taking away, for a stage of that many steps.
+
+    The shares are those of the flags; a resumed run that was given none goes on with those in its file.
+    """
+    shares = getattr(config, "cl_shares", None) or (config.tinit / config.total_step, config.tfinal / config.total_step)
+    config.total_step = steps
+    config.tinit = int(shares[0] * steps)
+    config.tfinal = min(max(int(shares[1] * steps), 1), steps - 2)
+    config.tinit = min(config.tinit, steps - config.tfinal - 1)
+    config.rank_pattern = None
+
+
+class Allocation(TrainerCallback):
+    """Updates importances and takes triplets away after every optimizer step, on every rank alike."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        inner = base_of(kwargs["model"])
+        if state.max_steps < FEWEST_STEPS:
+            raise UserError(
+                f"--tuner_type adalora needs at least {FEWEST_STEPS} steps, this training has {state.max_steps}"
+            )
+        set_schedule(inner.peft_config[TRAINED], state.max_steps)
+        inner.rankallocator.reset_ipt()
+        if args.resume_from_checkpoint:
+            load_importance(inner, Path(args.resume_from_checkpoint))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # The gradients of the step, reduced and clipped, are still there; PEFT counts steps from 1.
+        base_of(kwargs["model"]).update_and_allocate(state.global_step + 1)
+
+
+@contextmanager
+def whole(model: Any) -> Iterator[None]:
+    """Let PEFT see no triplet as taken away."""
+    config = model.peft_config[TRAINED]
+    pattern, config.rank_pattern = config.rank_pattern, None
+    try:
+        yield
+    finally:
+        config.rank_pattern = pattern
+
+
+def save_importance(model: Any, folder: Path) -> None:
+    """Write what a resumed run needs, if `folder` is a checkpoint."""
+    if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+        return
+    allocator, pattern = base_of(model).rankallocator, model.peft_config[TRAINED].rank_pattern or {}
+    tensors = {MEANS + name: tensor for name, tensor in allocator.exp_avg_ipt.items()}
+    tensors |= {SPREADS + name: tensor for name, tensor in allocator.exp_avg_unc.items()}
+    tensors |= {KEPT + name: torch.tensor(kept) for name, kept in pattern.items()}
+    with atomic_write(folder / IMPORTANCE) as stream:
+        stream.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def load_importance(inner: Any, folder: Path) -> None:
+    """Take back what `save_importance` wrote."""
+    file = folder / IMPORTANCE
+    if not file.is_file():
+        raise UserError(f"{file}: file not found; the checkpoint was not written by swift_cl")
+    device = next(inner.parameters()).device
+    tensors = {name: tensor.to(device) for name, tensor in load_file(file).items()}
+
+    def group(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    allocator = inner.rankallocator
+    allocator.exp_avg_ipt, allocator.exp_avg_unc = group(MEANS), group(SPREADS)
+    allocator.ipt = {name: torch.zeros_like(value) for name, value in allocator.exp_avg_ipt.items()}
+    pattern = {name: kept.tolist() for name, kept in group(KEPT).items()}
+    inner.peft_config[TRAINED].rank_pattern = pattern or None

@@ -1,0 +1,165 @@
+"""adalora: output by hand, the schedule, the budget, a file that holds all triplets, and what is refused."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, get_peft_model
+from peft.tuners.adalora.layer import SVDLinear
+from safetensors.torch import load_file
+from torch import nn
+
+from swift_cl.errors import UserError
+from swift_cl.training.arguments import check_tuner_support
+from swift_cl.training.flags import check_method_flags
+from swift_cl.tuners.adalora import AdaLoRA
+from swift_cl.tuners.adalora.allocation import Allocation, load_importance, set_schedule
+from tests.support.tiny_lora import language_model
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+MATRICES = 2 * 3
+
+
+def config(**settings: Any) -> AdaLoraConfig:
+    values = {"init_r": 4, "target_r": 2, "target_modules": TARGETS, "task_type": "CAUSAL_LM", "total_step": 100}
+    return AdaLoraConfig(**{**values, **settings})
+
+
+def trained(steps: int = 6) -> Any:
+    """The small model after a stage of that many steps."""
+    torch.manual_seed(0)
+    model = get_peft_model(language_model(), config())
+    model.peft_config["default"].cl_shares = (0.1, 0.3)
+    callback = Allocation(None, None)
+    args, state = SimpleNamespace(resume_from_checkpoint=None), SimpleNamespace(max_steps=steps, global_step=0)
+    callback.on_train_begin(args, state, None, model=model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        state.global_step = step
+        callback.on_optimizer_step(args, state, None, model=model)
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def kept(model: Any) -> int:
+    return sum(int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name)
+
+
+def logits(model: Any) -> Any:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_output_by_hand() -> None:
+    """A [[1, 2], [3, 4]], B = I, E (2, 0), alpha 4, init_r 2, x (1, 1): 4 / 2.00001 x (2 x 3, 0)."""
+    base = nn.Linear(2, 2, bias=False)
+    nn.init.zeros_(base.weight)
+    layer = SVDLinear(base, "default", config(init_r=2, target_r=1), r=2, lora_alpha=4)
+    with torch.no_grad():
+        layer.lora_A["default"].copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        layer.lora_B["default"].copy_(torch.eye(2))
+        layer.lora_E["default"].copy_(torch.tensor([[2.0], [0.0]]))
+    assert layer(torch.ones(2)).tolist() == pytest.approx([11.99994, 0.0], abs=1e-5)
+
+
+def test_number_of_trained_weights() -> None:
+    """2 layers of q (16 -> 16) and v (16 -> 8): r in + out r + r each."""
+    model = get_peft_model(language_model(), config(target_modules=["q_proj", "v_proj"]))
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == 2 * (4 * (16 + 16) + 4 + 4 * (16 + 8) + 4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "shares", "first", "last"),
+    [(100, (0.1, 0.3), 10, 30), (10, (0.1, 0.3), 1, 3), (4, (0.1, 0.3), 0, 1), (3, (0.5, 0.4), 1, 1)],
+)
+def test_schedule(steps: int, shares: tuple[float, float], first: int, last: int) -> None:
+    found = config()
+    found.cl_shares = shares
+    set_schedule(found, steps)
+    assert (found.total_step, found.tinit, found.tfinal) == (steps, first, last)
+
+
+def test_the_schedule_of_a_file_goes_on_where_no_shares_are_given() -> None:
+    found = config(total_step=100, tinit=20, tfinal=40)
+    set_schedule(found, 10)
+    assert (found.tinit, found.tfinal) == (2, 4)
+
+
+def test_the_budget_is_met() -> None:
+    model = trained()
+    assert kept(model) == 2 * MATRICES
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(sum(rows) for rows in pattern.values()) == 2 * MATRICES
+
+
+def test_a_file_holds_all_triplets_and_the_next_task_can_use_them(tmp_path: Path) -> None:
+    model = trained()
+    AdaLoRA.save(model, tmp_path / "adapter", None)
+    assert sorted(file.name for file in (tmp_path / "adapter").glob("*.safetensors")) == ["adapter_model.safetensors"]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.shape[0] == 4 for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_E")))
+    served = AdaLoRA.load(language_model(), tmp_path / "adapter", False).eval()
+    again = AdaLoRA.load(language_model(), tmp_path / "adapter", True)
+    assert torch.equal(logits(served), logits(model))
+    assert torch.equal(logits(again.eval()), logits(model))
+    again(input_ids=IDS, labels=IDS).loss.backward()
+    taken = [p.grad[p == 0] for name, p in again.named_parameters() if "lora_E" in name]
+    assert sum(part.numel() for part in taken) == 2 * MATRICES
+    assert all(bool((part != 0).all()) for part in taken)
+
+
+def test_importance_travels_with_a_checkpoint(tmp_path: Path) -> None:
+    model = trained(steps=20)
+    allocator = model.base_model.rankallocator
+    model.base_model.peft_config["default"].total_step = 1 << 20  # as in the middle: the end of a stage forgets them
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    allocator.update_ipt(model.base_model.model)
+    AdaLoRA.save(model, tmp_path / "checkpoint-5", None)
+    other = trained(steps=6)
+    load_importance(other.base_model, tmp_path / "checkpoint-5")
+    found = other.base_model.rankallocator
+    for mine, theirs in ((allocator.exp_avg_ipt, found.exp_avg_ipt), (allocator.exp_avg_unc, found.exp_avg_unc)):
+        assert mine
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    patterns = [found.peft_config["default"].rank_pattern for found in (model, other)]
+    assert patterns[0] == patterns[1]
+    with pytest.raises(UserError, match=r"adalora_importance\.safetensors: file not found"):
+        load_importance(other.base_model, tmp_path)
+
+
+def test_too_few_steps_are_refused() -> None:
+    with pytest.raises(UserError, match="--tuner_type adalora needs at least 3 steps, this training has 2"):
+        trained(steps=2)
+
+
+def test_deepspeed_is_refused() -> None:
+    args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
+    with pytest.raises(UserError, match="ZeRO stage 2 does not work with --tuner_type adalora, allowed: none"):
+        check_tuner_support(args, AdaLoRA)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--adalora_tfinal", "10"],
+            "--adalora_tfinal counts steps, which differ from task to task; pass --adalora_fin",
+        ),
+        (["--adalora_init_r", "8"], "--adalora_init_r is 8, allowed: a whole number above --adalora_target_r (8)"),
+        (["--adalora_final_share", "0"], "--adalora_final_share is 0.0, allowed: a number above 0"),
+        (["--adalora_warmup_share", "1"], "--adalora_warmup_share is 1.0, allowed: a number from 0 to below 1"),
+        (["--adalora_target", "1"], "--adalora_target is unknown, adalora has: adalora_warmup_share"),
+        (["--use_dora", "true"], "--use_dora true does not work with --tuner_type adalora"),
+    ],
+)
+def test_refused_flags(flags: list[str], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", "--tuner_type", "adalora", *flags])
+    assert str(caught.value).startswith(said)
