@@ -35,6 +35,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "ewc": {"ewc_fisher_samples": 8},
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
+    "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 
 # Settings of seq under which it trains on what a method trains on: its first task is plain fine-tuning of all tokens.
