@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from swift_cl.methods._prompts import shared_systems
 from swift_cl.methods.base import TrainingRow
 
 LONGEST = 256
@@ -60,12 +61,11 @@ def instruction(user: str, system: str | None, source: str) -> str:
 
 def instructions(rows: Sequence[TrainingRow], stage_system: str | None, source: str) -> dict[str, int]:
     """The instructions of a task's rows and how often each was seen, the most frequent first."""
-    heads = [row["messages"][0] for row in rows]
-    systems = [str(head["content"]) if head["role"] == "system" else None for head in heads]
-    # One prompt that all rows share is the stage's or the template's, and no question brings it along at inference.
-    shared = {stage_system} if stage_system is not None or len(set(systems)) > 1 else set(systems)
+    shared = shared_systems(rows, stage_system)
     counts: Counter[str] = Counter()
-    for row, system in zip(rows, systems, strict=True):
+    for row in rows:
+        head = row["messages"][0]
+        system = str(head["content"]) if head["role"] == "system" else None
         user = next((str(m["content"]) for m in row["messages"] if m["role"] == "user"), "")
         counts[instruction(user, None if system in shared else system, source)] += 1
     return dict(counts.most_common())

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._embeddings import _last_hidden
 from swift_cl.methods.base import TaskContext, TrainingRow
 
 if TYPE_CHECKING:
@@ -54,6 +55,32 @@ def span_of_question(ids: Sequence[int], empty: Sequence[int]) -> tuple[int, int
     suffix = next((i for i in range(most) if ids[-1 - i] != empty[-1 - i]), most)
     start, end = max(prefix, 1), len(ids) - suffix
     return (start, end) if start < end else (1, len(ids))
+
+
+def shared_systems(rows: Sequence[TrainingRow], stage_system: str | None) -> set[str | None]:
+    """System prompts that no question brings along at inference: the stage's, or one that all rows share, which is then
+    the stage's or the template's."""
+    heads = [row["messages"][0] for row in rows]
+    systems = {str(head["content"]) if head["role"] == "system" else None for head in heads}
+    return {stage_system} if stage_system is not None or len(systems) > 1 else systems
+
+
+def questions_alone(rows: Sequence[TrainingRow], stage_system: str | None) -> list[list[Message]]:
+    """Each row's first question as `RouteRequest.without_stage` gives it: under the row's own system prompt or none."""
+    shared = shared_systems(rows, stage_system)
+    found = []
+    for row in rows:
+        messages = first_question(row)
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        found.append([{"role": "system", "content": "" if system in shared else system or ""}, *messages])
+    return found
+
+
+def last_token_features(model: Any, prompts: Sequence[Sequence[int]], device: Any) -> "Tensor":
+    """Last hidden state, after the final norm, of each prompt's last token, fp32 [rows, width]."""
+    ids, mask = padded(prompts, device)
+    hidden = _last_hidden(model, {"input_ids": ids, "attention_mask": mask})
+    return hidden[torch.arange(len(ids), device=hidden.device), mask.sum(dim=1) - 1].float()
 
 
 def over_rows(ctx: TaskContext, count: int, at_once: int, compute: "Callable[[list[int]], Tensor]") -> "Tensor":

@@ -51,8 +51,8 @@ class RouteRequest:
         return [*([] if system is None else [{"role": "system", "content": system}]), *self.messages]
 
     def without_stage(self) -> list[Message]:
-        """The messages without the system prompt of any stage: the same whoever answers."""
-        return [*([] if self.system is None else [{"role": "system", "content": self.system}]), *self.messages]
+        """The messages without the system prompt of any stage, and without the template's: the same whoever answers."""
+        return [{"role": "system", "content": self.system or ""}, *self.messages]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, save_method_state
@@ -71,9 +72,10 @@ def test_what_the_instruction_of_a_row_is() -> None:
 def adapters(folder: Path, *tasks: str) -> list[EarlierTask]:
     """Finished stages with adapters of different numbers."""
     found = []
-    for number, task in enumerate(tasks):
-        torch.manual_seed(number)
+    for number, task in enumerate(tasks, start=1):
         stage_adapter(folder / task)
+        file = folder / task / "t0" / "adapter" / "adapter_model.safetensors"
+        save_file({name: tensor * number for name, tensor in load_file(file).items()}, file)
         found.append(EarlierTask(task, folder / task, folder / task / "t0" / "adapter", folder / task / "cl_state"))
     return found
 
