@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
-from swift_cl.methods._adapters import TRAINED, activate, check_plain_lora, is_lora_a, load_frozen_adapter, lora_twin
+from swift_cl.methods._adapter_history import AdapterHistory
+from swift_cl.methods._adapters import is_lora_a
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 else:
     torch = LazyModule("torch")
 
-HISTORY = "hist"
 _EPSILON = 1e-12
 
 
@@ -55,8 +54,7 @@ class OLoraConfig(MethodConfig):
 class OLora(Method):
     """CE + lambda1 sum over modules of |A_t C|_F^2, where C C' = sum over earlier tasks of A_i' A_i; pairs are summed.
 
-    The kept adapter is one LoRA that holds all pairs: A stacked, B side by side, alpha scaled with the rank. It is what
-    is served, and what the next task loads as its frozen history.
+    The kept adapter is one LoRA that holds all pairs (see `AdapterHistory`).
     """
 
     name: ClassVar[str] = "o_lora"
@@ -71,39 +69,12 @@ class OLora(Method):
     def __init__(self, config: OLoraConfig) -> None:
         super().__init__(config)
         self._spans: dict[str, Tensor] = {}  # C by name of A, [in, q]; empty in the first task
-        self._history: dict[str, Tensor] = {}  # the kept pairs of earlier tasks by name, as they are in their file
-        self._gain = 1.0  # scaling of the history's pairs over that of the new one
-        self._ranks: tuple[int, int] = (0, 0)  # of the new adapter, of the kept one
+        self._history = AdapterHistory(self.name, "o_lora_max_rank", config.max_rank)
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
-        check_plain_lora(self.name, ctx.parameters)
-        config = model.peft_config[TRAINED]
-        if config.rank_pattern or config.alpha_pattern:
-            raise UserError(
-                "method 'o_lora' needs one rank and one alpha for all layers, not rank_pattern or alpha_pattern"
-            )
-        self._ranks = (config.r, config.r)
-        if 0 < self.config.max_rank < config.r:
-            self.config.fail(self.name, "max_rank", f"0, or at least --lora_rank ({config.r})")
-        if not ctx.earlier:
-            return model
-        folder = ctx.earlier[-1].weights_dir
-        load_frozen_adapter(model, folder, HISTORY)
-        activate(model, TRAINED, HISTORY)
-        from safetensors.torch import load_file
-
-        self._history = {
-            name.removeprefix("base_model.model."): tensor.float()
-            for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-        }
-        old = model.peft_config[HISTORY]
-        self._gain = _scaling(old.r, old.lora_alpha, old.use_rslora) / _scaling(
-            config.r, config.lora_alpha, config.use_rslora
-        )
-        limit = self.config.max_rank or config.r + old.r
-        self._ranks = (config.r, min(config.r + old.r, limit))
+        self._history.load(ctx, model)
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
@@ -165,33 +136,10 @@ class OLora(Method):
     # --- what is kept ------------------------------------------------------------------------------------------------
 
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        if not self._history:
-            return tensors
-        kept = dict(tensors)
-        lost: list[float] = []
-        for name in filter(is_lora_a, tensors):
-            twin = lora_twin(name)
-            new_a, new_b = (tensors[key].detach().to("cpu", torch.float32) for key in (name, twin))
-            a = torch.cat([self._history[name], new_a])
-            b = torch.cat([self._history[twin] * self._gain, new_b], dim=1)
-            if len(a) > self._ranks[1]:
-                a, b, error = truncated(a, b, self._ranks[1])
-                lost.append(error)
-            kept[name], kept[twin] = a.to(tensors[name].dtype), b.to(tensors[twin].dtype)
-        if lost:
-            ctx.notice(
-                f"the adapters of {ctx.task_index + 1} tasks were cut to rank {self._ranks[1]}: a relative error of "
-                f"{sum(lost) / len(lost):.3g} per layer, {max(lost):.3g} at most"
-            )
-        return kept
+        return self._history.with_new(ctx, tensors)
 
     def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
-        new, kept = self._ranks
-        if kept == new:
-            return config
-        growth = math.sqrt(kept / new) if config.get("use_rslora") else kept / new
-        alpha = config["lora_alpha"] * growth
-        return {**config, "r": kept, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+        return self._history.config(config)
 
     def end_task(self, ctx: TaskContext) -> MethodState:
         spans = unpack(ctx.previous_state().tensors, "span") if ctx.earlier else {}
@@ -208,34 +156,8 @@ class OLora(Method):
         return MethodState(pack(span=spans), {"spans": shapes_of(spans)})
 
 
-def truncated(a: "Tensor", b: "Tensor", rank: int) -> "tuple[Tensor, Tensor, float]":
-    """The best approximation of B A of a lower rank (Eckart and Young).
-
-    Returns:
-        A [rank, in], B [out, rank], and the relative Frobenius error.
-    """
-    # B A = Qb (Rb Ra') Qa': the decomposition of a small matrix instead of one of [out, in].
-    qb, rb = torch.linalg.qr(b.double())
-    qa, ra = torch.linalg.qr(a.double().T)
-    u, s, vh = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-    root = s[:rank].sqrt()
-    total = float(s.square().sum().sqrt())
-    error = float(s[rank:].square().sum().sqrt()) / total if total > 0 else 0.0
-    new_a, new_b = (root[:, None] * vh[:rank]) @ qa.T, qb @ u[:, :rank] * root
-    return _filled(new_a.float(), rank), _filled(new_b.T.float(), rank).T.contiguous(), error
-
-
-def _filled(rows: "Tensor", rank: int) -> "Tensor":
-    """Zero rows up to the rank, where the matrix itself is narrower."""
-    return torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
-
-
 def strongest(span: "Tensor", rank: int) -> "tuple[Tensor, float]":
     """(C of that many columns nearest to C C', share of the energy kept)."""
     u, s, _ = torch.linalg.svd(span.double(), full_matrices=False)
     energy = s.square()
     return (u[:, :rank] * s[:rank]).float(), float(energy[:rank].sum() / energy.sum())
-
-
-def _scaling(rank: int, alpha: float, rank_stabilised: bool) -> float:
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)

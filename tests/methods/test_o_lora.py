@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
-from swift_cl.methods.o_lora import HISTORY, OLora, OLoraConfig, strongest, truncated
+from swift_cl.methods._adapter_history import HISTORY, truncated
+from swift_cl.methods.o_lora import OLora, OLoraConfig, strongest
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.lora_pair import LoraPair
 
@@ -251,7 +252,7 @@ def test_t5_history_is_active_and_frozen(tmp_path: Path) -> None:
 
 def test_rank_stabilised_alpha_grows_by_the_root() -> None:
     method = OLora(OLoraConfig())
-    method._ranks = (4, 16)
+    method._history.ranks = (4, 16)
     assert method.export_config(FakeContext(), {"r": 4, "lora_alpha": 8, "use_rslora": True})["lora_alpha"] == 16
 
 
