@@ -52,7 +52,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
         "pseudo_replay_min_fill": 0.0,
     },
     "lamol": {"lamol_max_new_tokens": 24, "lamol_max_rounds": 1, "lamol_min_fill": 0.0},
-    "l2kd": {"l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
+    "l2kd": {"l2kd_first_task": "plain", "l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
