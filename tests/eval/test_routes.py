@@ -205,6 +205,21 @@ def load_stage_unchecked(folder: Path):
     return Stage(dir=folder, **value)
 
 
+def test_a_dialogue_is_of_the_chosen_adapter_and_not_of_its_stage(make_run, router):
+    """Of the second stage alone: in a whole run its questions for the first adapter are asked once for both stages."""
+    from swift_cl.evaluation.questions import Stores, dialogues
+
+    run = make_routed(make_run())
+    grid = load_grid(run, GridOptions())
+    made = routes.Routes("stage", {grid.run.dir: "base"})
+    made.fill([grid], print)
+    first, second = grid.stages
+    found = dialogues([(grid, second)], lambda target: target.served, "stage", Stores(), made.answers)
+    chosen = {"old": first, "new": second}
+    assert {d.row.turns[0][0]: d.routed for d in found} == QUESTIONS
+    assert all((d.weights, d.served) == (chosen[d.routed].weights, chosen[d.routed].served) for d in found)
+
+
 def test_merged_stages_serve_what_was_chosen(make_run, router):
     """Each server holds one adapter; the questions of a routed stage go to several servers."""
     from swift_cl.evaluation.questions import Stores, dialogues
