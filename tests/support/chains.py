@@ -71,5 +71,5 @@ def run_chain(
     if processes > 1:
         environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "swift_cl.cli.main", "run", str(folder / "run.yaml"), "--mode", "train_only"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
