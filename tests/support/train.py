@@ -35,7 +35,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "ewc": {"ewc_fisher_samples": 8},
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
-    "i_lora": {"i_lora_lambda": 0.9},
+    "i_lora": {"i_lora_lambda": 0.9, "i_lora_mem_ratio": 1.0},
 }
 
 
