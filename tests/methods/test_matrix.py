@@ -5,6 +5,8 @@ A new method is tested by being registered.
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,11 @@ from swift_cl.io import load_method_state, sha256_tensors
 from swift_cl.methods._state import unpack
 from swift_cl.methods.registry import methods
 from swift_cl.stages import load_stage
+from swift_cl.training.arguments import check_support
 from tests.support.train import (
     METHOD_FLAGS,
+    MODEL,
     MORE_THAN_THE_TASK,
-    NEED_A_TALKING_BASE,
     TASKS,
     adapter,
     assert_equal_up_to_rounding,
@@ -27,8 +30,6 @@ from tests.support.train import (
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
-PLAIN = ("seq", "moe_lora")
-"""Fine-tuning and nothing else, the second with a tuner of its own."""
 
 
 def own_flags(method: str) -> dict[str, str]:
@@ -40,6 +41,15 @@ def own_flags(method: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture(scope="module")
+def plain_model() -> Any:
+    """The base model and its tokenizer, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(MODEL)
 
 
 def two_stages(work: Path, method: str, label: str = "reference", **changes: object) -> tuple[Path, Path]:
@@ -101,17 +111,16 @@ def test_first_task_equals_seq(work: Path, method: str) -> None:
         assert torch.equal(ours[name], plain[name]), name
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in (*PLAIN, *NEED_A_TALKING_BASE)])
-def test_second_task_differs_from_seq(tmp_path: Path, method: str) -> None:
-    """A method that changes nothing on the second task would be a name without an effect.
+def test_gem_differs_from_seq(tmp_path: Path) -> None:
+    """It acts where a constraint is violated, so the first task is learned well and the second contradicts it.
 
-    The second task contradicts the first: gem acts only where a constraint is violated.
+    The other methods act in the few steps of tests/integration/test_two_processes.py.
     """
     one, two = contradicting_rows(tmp_path)
-    settings = {"max_steps": 10, "learning_rate": 1e-2, "save_steps": 100}
+    settings: dict[str, Any] = {"max_steps": 10, "learning_rate": 1e-2, "save_steps": 100}
     first, ours, plain = tmp_path / "1", tmp_path / "2", tmp_path / "seq"
-    train_stage(method, TASKS[0], first, dataset=str(one), **{**settings, "max_steps": 30})
-    train_stage(method, TASKS[1], ours, first, dataset=str(two), **settings)
+    train_stage("gem", TASKS[0], first, dataset=str(one), **{**settings, "max_steps": 30})
+    train_stage("gem", TASKS[1], ours, first, dataset=str(two), **settings)
     train_stage("seq", TASKS[1], plain, first, dataset=str(two), **settings)
     assert any(not torch.equal(adapter(ours)[name], tensor) for name, tensor in adapter(plain).items())
 
@@ -136,9 +145,10 @@ def test_resumed_equals_uninterrupted(work: Path, tmp_path: Path, method: str, s
 @pytest.mark.parametrize("method", METHODS)
 def test_accumulation_changes_nothing(work: Path, method: str) -> None:
     """Batch 4 x accumulation 1 equals batch 1 x accumulation 4 (SGD: no division that magnifies rounding)."""
-    plain = {"optim": "sgd", "learning_rate": 0.1, "lora_dropout": 0.0, "save_steps": 100}
+    plain = {"optim": "sgd", "learning_rate": 0.1, "lora_dropout": 0.0, "save_steps": 100, "max_steps": 2}
     start, whole = two_stages(work, method, "whole", **plain)
-    _, split = two_stages(work, method, "split", per_device_train_batch_size=1, gradient_accumulation_steps=4, **plain)
+    split = work / "split" / method
+    train_stage(method, TASKS[1], split, start, per_device_train_batch_size=1, gradient_accumulation_steps=4, **plain)
     assert_equal_up_to_rounding(start, whole, split)
 
 
@@ -147,8 +157,6 @@ def test_frozen_weights_stay_bit_identical(tmp_path: Path, work: Path, method: s
     first, _ = two_stages(work, method)
     sft = train_stage(method, TASKS[1], tmp_path / "2", first, max_steps=1)
     from safetensors.torch import load_file
-
-    from tests.support.train import MODEL
 
     base = {name: t.float() for name, t in load_file(MODEL / "model.safetensors").items()}
     live = {
@@ -180,17 +188,71 @@ def test_unsupported_tuner_is_refused(tmp_path: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_mixed_precision(work: Path, method: str, checkpointing: bool) -> None:
+def test_mixed_precision(work: Path, method: str) -> None:
     """bf16 autocast, with and without gradient checkpointing: finite, and the adapter moves."""
-    first, second = two_stages(
-        work, method, f"bf16-{checkpointing}", torch_dtype="bfloat16", bf16=True, max_steps=2,
-        gradient_checkpointing=checkpointing,
-    )  # fmt: skip
-    after = adapter(second)
-    assert all(bool(torch.isfinite(t).all()) for t in after.values())
+    low = {"torch_dtype": "bfloat16", "bf16": True, "max_steps": 2}
+    first, second = two_stages(work, method, "bf16", gradient_checkpointing=True, **low)
+    other = work / "bf16" / method / "without checkpointing"
+    train_stage(method, TASKS[1], other, first, gradient_checkpointing=False, **low)
     before = adapter(first)
-    assert any(not torch.equal(before[name], after[name]) for name in after)
+    for stage in (second, other):
+        after = adapter(stage)
+        assert all(bool(torch.isfinite(t).all()) for t in after.values())
+        assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kept_adapter_needs_nothing_of_ours(work: Path, plain_model: Any, method: str) -> None:
+    """Loaded by PEFT alone it answers what the stage recorded: this is what every server loads."""
+    from peft import PeftModel
+
+    model, tokenizer = plain_model
+    for folder in two_stages(work, method):
+        stage = load_stage(folder)
+        assert stage.probe is not None
+        served = PeftModel.from_pretrained(model, str(stage.weights_dir))
+        text = tokenizer.apply_chat_template(stage.probe["messages"], tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logprobs = torch.log_softmax(served(input_ids=ids).logits[0, -1].float(), -1)
+        served.unload()
+        values, tokens = logprobs.topk(len(stage.probe["logprobs"]))
+        found = {tokenizer.decode(token): value for token, value in zip(tokens.tolist(), values.tolist(), strict=True)}
+        assert found == pytest.approx(stage.probe["logprobs"], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
+    """Every feature of `Support`, before a model is loaded."""
+    made = methods()[method](methods()[method].config_class())
+    support = made.supports()
+    usual: dict[str, Any] = {
+        "tuner_type": support.tuners[0], "deepspeed": None, "bf16": False, "fp16": False, "packing": False,
+        "quant_bits": None, "streaming": False, "sequence_parallel_size": 1, "use_liger_kernel": False,
+        "lazy_tokenize": False, "task_type": "causal_lm", "cached_dataset": [], "fsdp": None,
+    }  # fmt: skip
+    check_support(SimpleNamespace(**usual), made)
+    zero = {stage: {"zero_optimization": {"stage": stage}} for stage in range(4)}
+    stages = support.full_deepspeed if usual["tuner_type"] == "full" else support.deepspeed
+    cases: list[tuple[bool, str, dict[str, Any]]] = [
+        (False, "task_type", {"task_type": "embedding"}),
+        (False, "fsdp", {"fsdp": "full_shard"}),
+        (support.packing, "packing", {"packing": True}),
+        (support.quantized, "quant_bits", {"quant_bits": 4}),
+        (support.streaming, "streaming", {"streaming": True}),
+        (support.sequence_parallel, "sequence_parallel_size", {"sequence_parallel_size": 2}),
+        (support.liger, "use_liger_kernel", {"use_liger_kernel": True}),
+        *((stage in stages, "deepspeed", {"deepspeed": config}) for stage, config in zero.items()),
+    ]
+    if 0 in stages:
+        cases.append((support.zero0_low_precision, "deepspeed", {"deepspeed": zero[0], "bf16": True}))
+    for allowed, flag, changed in cases:
+        args = SimpleNamespace(**{**usual, **changed})
+        if allowed:
+            check_support(args, made)
+        else:
+            with pytest.raises(UserError, match=f"--{flag}"):
+                check_support(args, made)
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])

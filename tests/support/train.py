@@ -36,7 +36,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
     "moe_lora": {"moe_lora_num_experts": 2},
-    "i_lora": {"i_lora_lambda": 0.9},
+    "i_lora": {"i_lora_lambda": 0.9, "i_lora_mem_ratio": 1.0},
     # The tiny model continues no lists, so nothing usable is generated; test_generated_rows.py has one that does.
     "ssr": {
         "ssr_num_samples": 2,
