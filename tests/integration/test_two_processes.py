@@ -9,7 +9,7 @@ import torch
 from swift_cl.io import load_method_state
 from swift_cl.methods.registry import methods
 from tests.support.chains import run_chain
-from tests.support.train import adapter, assert_equal_up_to_rounding, contradicting_rows
+from tests.support.train import NEED_A_TALKING_BASE, adapter, assert_equal_up_to_rounding, contradicting_rows
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
