@@ -1,5 +1,6 @@
 """ms-swift's engines behind the interface of `engine.py`. Imports torch and ms-swift: import it when it is needed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from swift_cl.errors import UserError
 from swift_cl.generation.engine import Answer, Prompt, Sampling
 
 
-class SwiftEngine:
+class SwiftEngine(ABC):
     """Answers through an engine of ms-swift; what the two kinds have in common.
 
     Args:
@@ -35,8 +36,9 @@ class SwiftEngine:
         responses = self._infer(requests, sampling, seeds)
         return [self._read(response.choices[0], sampling) for response in responses]
 
+    @abstractmethod
     def _infer(self, requests: list[Any], sampling: Sampling, seeds: Sequence[int]) -> list[Any]:
-        raise NotImplementedError
+        """ms-swift's responses, one a request."""
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """See `engine.Engine`."""

@@ -4,6 +4,7 @@ PEFT's own way cannot be chained: it refuses to train a loaded prompt, keeps onl
 encoder cannot be trained further), and saves by a forward of the live encoder, which hangs under ZeRO-3.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 LONGEST = 512
 
 
-class PromptTuner(Tuner):
+class PromptTuner(Tuner, ABC):
     """Base of the three; a subclass gives PEFT's config."""
 
     support: ClassVar[TunerSupport] = TunerSupport(packing=False, sequence_parallel=False, multimodal=False)
@@ -26,9 +27,9 @@ class PromptTuner(Tuner):
         refuse(given, cls, {"task_type": ("causal_lm",), "tuner_backend": ("peft",), "modules_to_save": ()})
 
     @classmethod
+    @abstractmethod
     def peft_config(cls, args: Any, config: Any, model: Any) -> Any:
         """PEFT's config for a new adapter."""
-        raise NotImplementedError
 
     @classmethod
     def prepare_model(cls, args: Any, config: Any, model: Any) -> Any:

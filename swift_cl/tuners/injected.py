@@ -4,6 +4,7 @@ A layer has its weights in `nn.ModuleDict`s by adapter name, named in `adapter_l
 adapter adds to the output. Several adapters, switching, calls with a name a row and the base model are done here.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -37,13 +38,14 @@ class InjectedLayer(nn.Module, BaseTunerLayer):
     def prepare(self) -> None:
         """Make what holds further settings by adapter name (listed in `other_param_names`)."""
 
+    @abstractmethod
     def new_parts(self, config: Any) -> dict[str, nn.Module]:
         """The weights of a new adapter by the names of `adapter_layer_names`."""
-        raise NotImplementedError
 
     def set_up(self, adapter_name: str, config: Any) -> None:
         """Fill in the further settings of a new adapter."""
 
+    @abstractmethod
     def added(self, x: Tensor, result: Tensor, adapter_name: str) -> Tensor:
         """What one adapter adds to the output.
 
@@ -51,7 +53,6 @@ class InjectedLayer(nn.Module, BaseTunerLayer):
             x: input of the wrapped module.
             result: its output; not to be changed in place.
         """
-        raise NotImplementedError
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter."""
