@@ -134,6 +134,19 @@ class Tuner:
         return model.unload()
 
 
+PLAIN_LORA_ONLY: dict[str, tuple[str, ...]] = {
+    "use_dora": ("false",),
+    "use_rslora": ("false",),
+    "use_swift_lora": ("false",),
+    "lora_bias": ("none",),
+    "init_weights": ("true",),
+    "tuner_backend": ("peft",),
+    "modules_to_save": (),
+    "lorap_lr_ratio": (),
+}
+"""What `refuse` allows of ms-swift's LoRA flags where a tuner has no variant of LoRA."""
+
+
 def refuse(given: Mapping[str, list[str]], tuner: type[Tuner], flags: Mapping[str, tuple[str, ...]]) -> None:
     """Refuse flags of ms-swift given with another value than those that change nothing.
 

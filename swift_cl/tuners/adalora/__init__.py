@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import TRAINED, Tuner, TunerSettings, TunerSupport, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, Tuner, TunerSettings, TunerSupport, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,20 +56,7 @@ class AdaLoRA(Tuner):
 
     @classmethod
     def check_flags(cls, config: Any, given: Mapping[str, list[str]]) -> None:
-        refuse(
-            given,
-            cls,
-            {
-                "use_dora": ("false",),
-                "use_rslora": ("false",),
-                "use_swift_lora": ("false",),
-                "lora_bias": ("none",),
-                "init_weights": ("true",),
-                "tuner_backend": ("peft",),
-                "modules_to_save": (),
-                "lorap_lr_ratio": (),
-            },
-        )
+        refuse(given, cls, PLAIN_LORA_ONLY)
         for flag, ours in (("adalora_tinit", "warmup_share"), ("adalora_tfinal", "final_share")):
             if flag in given:
                 raise UserError(f"--{flag} counts steps, which differ from task to task; pass --adalora_{ours}")

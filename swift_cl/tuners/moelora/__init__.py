@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import Tuner, TunerSettings, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, Tuner, TunerSettings, refuse
 
 logger = logging.getLogger("swift_cl")
 PEFT_TYPE = "MOELORA"
@@ -55,21 +55,7 @@ class MoELoRA(Tuner):
 
     @classmethod
     def check_flags(cls, config: Any, given: Mapping[str, list[str]]) -> None:
-        refuse(
-            given,
-            cls,
-            {
-                "use_dora": ("false",),
-                "use_rslora": ("false",),
-                "use_swift_lora": ("false",),
-                "lora_bias": ("none",),
-                "init_weights": ("true",),
-                "tuner_backend": ("peft",),
-                "modules_to_save": (),
-                "target_parameters": (),
-                "lorap_lr_ratio": (),
-            },
-        )
+        refuse(given, cls, {**PLAIN_LORA_ONLY, "target_parameters": ()})
         text = (given.get("lora_rank") or [str(DEFAULT_RANK)])[0]
         rank = int(text) if text.isdigit() else 0  # what is no number is refused by ms-swift
         if rank and rank % config.num_experts != 0:
