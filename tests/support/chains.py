@@ -1,6 +1,5 @@
 """Chains of two contradicting tasks through the command line, as a user runs them, with one or several processes."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from tests.support import commands
 from tests.support.train import FLAGS, METHOD_FLAGS, MODEL
 
 STAGES = ("stage_1_first", "stage_2_second")
@@ -66,8 +66,7 @@ def run_chain(
         "method_settings": {name: flags for name, flags in METHOD_FLAGS.items() if name in methods},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    environment.pop("NPROC_PER_NODE", None)
+    environment = {**commands.environment(), **(env or {})}
     if processes > 1:
         environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "swift_cl.cli.main", "run", str(folder / "run.yaml"), "--mode", "train_only"]

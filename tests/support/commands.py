@@ -39,8 +39,9 @@ def write_run_file(folder: Path, method: list[str], **train: Any) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The environment of a command: one thread, no hub, no launcher variables of the caller."""
-    found = {k: v for k, v in os.environ.items() if k not in ("NPROC_PER_NODE", "WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    """The environment of a command: one thread, no hub, nothing of a launcher or of a training in this process."""
+    left_over = ("NPROC_PER_NODE", "WORLD_SIZE", "RANK", "LOCAL_RANK", "TENSORBOARD_LOGGING_DIR")
+    found = {k: v for k, v in os.environ.items() if k not in left_over}
     return {**found, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
