@@ -27,7 +27,9 @@ PART = 2
 SEEN = {
     "ewc": ("zero0", "zero1", "zero2", "zero3"),
     "gem": ("zero0", "zero1", "zero2", "zero3"),
-    "cia": ("zero0", "zero3"),
+    "cia": ("zero0", "zero1", "zero2", "zero3"),
+    "lwf": ("zero0", "zero1", "zero2", "zero3"),
+    "replay": ("zero0", "zero3"),
 }
 """Cells that have been seen to hold on two CPU processes."""
 # fp32 keeps one process and two comparable; ms-swift takes float32 for a request of fp16 training.
