@@ -14,6 +14,7 @@ from typing import Any
 from swift_cl.errors import RunFailure
 from swift_cl.evaluation.client import Endpoint
 from swift_cl.evaluation.faults import QuestionFailed
+from swift_cl.evaluation.pictures import Message, questions
 from swift_cl.evaluation.settings import Settings
 from swift_cl.evaluation.store import Answer, AnswerStore
 from swift_cl.stream.rows import Row
@@ -52,7 +53,7 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
 
-def opening(dialogue: Dialogue) -> list[dict[str, str]]:
+def opening(dialogue: Dialogue) -> list[Message]:
     """The messages before the first question."""
     return [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]
 
@@ -64,8 +65,8 @@ def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], s
         answers: (turn, its key) -> the model's answer, None where there is none.
     """
     messages, found = opening(dialogue), []
-    for turn, (question, reference) in enumerate(dialogue.row.turns):
-        messages.append({"role": "user", "content": question})
+    for turn, (question, (_, reference)) in enumerate(zip(questions(dialogue.row), dialogue.row.turns, strict=True)):
+        messages.append(question)
         found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task))
         answer = answers(turn, found[-1])
         if answer is None and settings.history == "own":
@@ -204,8 +205,9 @@ class Asker:
     def _ask(self, dialogue: Dialogue, tally: Tally, done: Callable[[Answer], None]) -> None:
         messages = opening(dialogue)
         lost: str | None = None
-        for turn, (question, reference) in enumerate(dialogue.row.turns):
-            messages.append({"role": "user", "content": question})
+        turns = zip(questions(dialogue.row), dialogue.row.turns, strict=True)
+        for turn, (asked, (question, reference)) in enumerate(turns):
+            messages.append(asked)
             key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task)
             answer = _row(dialogue, turn, question, reference, key)
             stored = _find(dialogue, turn, key)
@@ -229,7 +231,7 @@ class Asker:
             else:
                 lost = lost or str(turn)
 
-    def _reply(self, dialogue: Dialogue, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
+    def _reply(self, dialogue: Dialogue, messages: Sequence[Message]) -> dict[str, Any]:
         try:
             reply = self.endpoint.ask(dialogue.served, messages, self.settings.of(dialogue.task))
         except QuestionFailed as failure:

@@ -8,6 +8,7 @@ from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.evaluation.client import Generation
+from swift_cl.evaluation.pictures import Message, identified
 from swift_cl.io import read_json, sha256_json, write_json
 
 HISTORIES = ("own", "reference")
@@ -38,9 +39,9 @@ class Settings:
         """How answers to a task's questions are generated."""
         return self.by_task.get(task, self.generation)
 
-    def key(self, base: str, weights: str, messages: Sequence[Mapping[str, str]], task: str = "") -> str:
+    def key(self, base: str, weights: str, messages: Sequence[Message], task: str = "") -> str:
         """Key of an answer: base model, adapter, all messages (system prompt and history), generation, backend."""
-        asked = [dict(message) for message in messages]
+        asked = [identified(message) for message in messages]
         return sha256_json([[base, weights], asked, self.of(task).as_json(), self.backend])
 
     def continued(self, answer: str, reference: str) -> dict[str, str]:
