@@ -119,7 +119,7 @@ class TestEvaluator:
             ({"images": ["seen.json"]}, "is not named like an image (.png, .jpg, .webp, ...)"),
             (
                 {"tools": [{"type": "function", "function": {"name": "look"}}]},
-                "has tools, which the evaluator does not send yet",
+                "has tools, which the evaluator does not send",
             ),
             (
                 {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<image>"}]},

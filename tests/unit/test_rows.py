@@ -39,7 +39,7 @@ def test_hash_sees_content_and_order() -> None:
 
 
 def test_images_are_names_that_a_file_can_hold() -> None:
-    """ms-swift's data sets hold each image as a mapping, which its own template does not take without its empty half."""
+    """ms-swift's data sets hold each image as a mapping, which its template does not take without its empty half."""
     images = [{"bytes": None, "path": "/a.png"}, {"bytes": b"\x89P", "path": None}, "b.png"]
     (row,) = rows_of([{"messages": [USER, ASSISTANT], "images": images}], "s")
     assert row["images"] == ["/a.png", "data:image;base64,iVA=", "b.png"]
