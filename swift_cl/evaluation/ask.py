@@ -7,6 +7,7 @@ changed.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,11 +47,12 @@ class Dialogue:
 
 @dataclass
 class Tally:
-    """What was done: turns asked, answers found in the stores, and failures as text."""
+    """What was done: turns asked, answers found in the stores, failures as text, and how many seconds it took."""
 
     asked: int = 0
     reused: int = 0
     failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def opening(dialogue: Dialogue) -> list[Message]:
@@ -187,7 +189,7 @@ class Asker:
         threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.concurrency, len(dialogues)))]
         for thread in threads:
             thread.start()
-        running = len(threads)
+        running, begin = len(threads), time.monotonic()
         try:
             while running:
                 event = done.get()
@@ -198,6 +200,7 @@ class Asker:
                 else:
                     on_turn()
         finally:
+            tally.seconds = time.monotonic() - begin
             if running:
                 self.endpoint.stopped.set()
         return tally
