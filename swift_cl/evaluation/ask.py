@@ -31,6 +31,7 @@ class Dialogue:
         stores: where its answers go; several when runs share the model and the question.
         routed: what a stage's router calls this model, None where nothing was chosen.
         task: the task of the question, for tasks with settings of their own.
+        labels: what an answer may be, in the order in which they are sent; empty where any text may.
     """
 
     served: str
@@ -41,6 +42,7 @@ class Dialogue:
     stores: tuple[AnswerStore, ...]
     routed: str | None = None
     task: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -66,7 +68,7 @@ def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], s
     messages, found = opening(dialogue), []
     for turn, (question, reference) in enumerate(dialogue.row.turns):
         messages.append({"role": "user", "content": question})
-        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task))
+        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task, dialogue.labels))
         answer = answers(turn, found[-1])
         if answer is None and settings.history == "own":
             break
@@ -206,7 +208,7 @@ class Asker:
         lost: str | None = None
         for turn, (question, reference) in enumerate(dialogue.row.turns):
             messages.append({"role": "user", "content": question})
-            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task)
+            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task, dialogue.labels)
             answer = _row(dialogue, turn, question, reference, key)
             stored = _find(dialogue, turn, key)
             if lost is not None:
@@ -231,7 +233,8 @@ class Asker:
 
     def _reply(self, dialogue: Dialogue, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
         try:
-            reply = self.endpoint.ask(dialogue.served, messages, self.settings.of(dialogue.task))
+            generation = self.settings.of(dialogue.task)
+            reply = self.endpoint.ask(dialogue.served, messages, generation, dialogue.labels)
         except QuestionFailed as failure:
             self.endpoint.check_alive()
             self._count_loss(failure)

@@ -10,6 +10,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.ask import Asker, Dialogue, restore
 from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
+from swift_cl.evaluation.constrained import CONSTRAINED, check_labels
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
 from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
@@ -44,6 +45,7 @@ class EvalOptions:
         scorer_options: settings by scorer name, which win over the benchmark's.
         history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
+        decoding: one of `constrained.DECODINGS`; None for the benchmark's.
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
@@ -62,6 +64,7 @@ class EvalOptions:
     concurrency: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     identity_check: bool = True
+    decoding: str | None = None
 
     @property
     def backend_name(self) -> str:
@@ -113,6 +116,25 @@ def generation_by_task(grids: Sequence[Grid], options: EvalOptions) -> dict[str,
                         "separately"
                     )
     return found
+
+
+def decoding(grids: Sequence[Grid], options: EvalOptions) -> str:
+    """How answers are decoded: as the command line says, else as the benchmark does.
+
+    Raises:
+        UserError: the benchmarks differ, or constrained decoding has no labels or a backend that cannot do it.
+    """
+    found = {options.decoding or grid.benchmark.decoding for grid in grids}
+    if len(found) > 1:
+        raise UserError(
+            "the runs' benchmarks have different settings of decoding; pass --decoding, or evaluate them apart"
+        )
+    chosen = found.pop()
+    if chosen == CONSTRAINED:
+        for grid in grids:
+            check_labels(grid.benchmark)
+        backends.check_constrained(options.backend or DEFAULT_BACKEND)
+    return chosen
 
 
 def _generation(settings: dict[str, Any], options: EvalOptions) -> Generation:
@@ -209,7 +231,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
-    grids = [part for grid in grids for part in grid.parts]
+    own, grids = grids, [part for grid in grids for part in grid.parts]
     plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:
         for plan in plans:
@@ -220,13 +242,17 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
         options.history,
         options.system,
         generation_by_task(grids, options),
+        decoding(own, options),
     )
     stores = Stores()
     routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
     with terminate_raises():
         routes.fill(grids, notify)
     identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    found_by_plan = [dialogues(plan.targets, plan.served, options.system, stores, routes.answers) for plan in plans]
+    found_by_plan = [
+        dialogues(plan.targets, plan.served, options.system, stores, routes.answers, settings.constrained)
+        for plan in plans
+    ]
     work = [
         (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
     ]

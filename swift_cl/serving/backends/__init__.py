@@ -1,5 +1,5 @@
 """One file a backend: `ENGINES` names the distributions that can generate for it, `check(...)` refuses what it cannot
-serve, `arguments(...)` gives its flags.
+serve, `arguments(...)` gives its flags. `CONSTRAINS` says that its server holds answers to given labels (default: no).
 
 A server runs ms-swift's deploy pipeline in one process, started by file path, so that an interpreter without swift_cl
 (`--server_python`) can run it too.
@@ -79,6 +79,20 @@ def _module(name: str) -> ModuleType:
 def is_offline(name: str) -> bool:
     """Whether a backend generates without HTTP, see `swift_cl.serving.offline`."""
     return bool(getattr(_module(name), "IS_OFFLINE", False))
+
+
+def check_constrained(name: str) -> None:
+    """Refuse a backend whose answers cannot be held to labels.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not getattr(_module(name), "CONSTRAINS", False):
+        able = ", ".join(other for other in names() if getattr(_module(other), "CONSTRAINS", False))
+        raise UserError(
+            f"--infer_backend {name} cannot constrain answers to labels (ms-swift hands none to it); use {able}, or "
+            "--decoding free"
+        )
 
 
 def identity(options: ServerOptions) -> str:
