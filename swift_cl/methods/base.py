@@ -63,6 +63,25 @@ class Support:
     liger: bool = True
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One of the trainings of a stage, on the same rows and in the same command.
+
+    Attributes:
+        name: unique within the stage; `ctx.phase` while it runs.
+        flags: what differs from the stage's own flags. A phase before the last may name another `cl_method` and what
+            that one needs: it is then a first stage of that method, from the base model, and gets no flag of this one.
+    """
+
+    name: str
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def other_method(self) -> bool:
+        """Whether it is a stage of another method."""
+        return "cl_method" in self.flags
+
+
 @dataclass
 class MethodConfig(Settings):
     """Base of the methods' config dataclasses; see `Settings`."""
@@ -185,8 +204,12 @@ class TaskContext(Protocol):
         """
 
     @property
-    def teacher_dir(self) -> Path | None:
-        """The adapter that `Method.teacher_stage` asked for."""
+    def phase(self) -> str:
+        """Name of the phase that runs (`Method.phases`)."""
+
+    @property
+    def phases(self) -> Mapping[str, Path]:
+        """The adapters of the phases before this one, by name."""
 
     @property
     def generated_dir(self) -> Path:
@@ -262,13 +285,16 @@ class Method:
         """ms-swift flags that this configuration needs: set where they are not given, refused where they differ."""
         return {}
 
-    def teacher_stage(self, first_task: bool) -> Mapping[str, str] | None:
-        """Flags of a stage that is trained before this one on the same rows, from the base model; None for none.
+    def phases(self, first_task: bool) -> Sequence[Phase]:
+        """The trainings that a stage consists of; the last one is its own, whose end is the stage's.
 
-        They change this stage's own: `cl_method` and that method's flags are needed, none of this one's is passed on.
-        Its adapter is `ctx.teacher_dir`; it is deleted after the stage unless the config has a true `keep_teacher`.
+        What those before it trained is in `ctx.phases`, and is deleted after the stage unless `keeps_phases`.
         """
-        return None
+        return (Phase(""),)
+
+    def keeps_phases(self) -> bool:
+        """Whether the folders of the phases before the last stay after the stage."""
+        return False
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on. Runs on rank 0 before the model is prepared (`ctx.model` is not there yet)."""
