@@ -10,7 +10,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.ask import Asker, Dialogue, restore
 from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
-from swift_cl.evaluation.constrained import CONSTRAINED, check_labels
+from swift_cl.evaluation.constrained import CONSTRAINED, FREE, check_labels
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
 from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
@@ -124,7 +124,10 @@ def decoding(grids: Sequence[Grid], options: EvalOptions) -> str:
     Raises:
         UserError: the benchmarks differ, or constrained decoding has no labels or a backend that cannot do it.
     """
-    found = {options.decoding or grid.benchmark.decoding for grid in grids}
+    classifier = next((grid for grid in grids if grid.classifies), None)
+    if classifier is not None and options.decoding == FREE:
+        raise UserError(f"{classifier.run.dir}: a classifier answers with its classes; --decoding free is not for it")
+    found = {options.decoding or (CONSTRAINED if grid.classifies else grid.benchmark.decoding) for grid in grids}
     if len(found) > 1:
         raise UserError(
             "the runs' benchmarks have different settings of decoding; pass --decoding, or evaluate them apart"

@@ -98,6 +98,11 @@ class Grid:
         """All rows that can be measured, the base first."""
         return [self.base, *(target for target in self.stages if target is not None)]
 
+    @property
+    def classifies(self) -> bool:
+        """Whether its stages are models with a classifier head."""
+        return self.base.deployment.model_args.get("task_type") == "seq_cls"
+
     def visible(self, target: Target, task: Task) -> tuple[str, ...]:
         """The labels that a row's answers to a task's questions may be; empty where any text may."""
         stage = 0 if target.stage is None else target.stage.index + 1

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from swift_cl.evaluation.scenarios import scenario_metrics, seen_accuracy, visib
 from swift_cl.evaluation.scorers import Item, load
 from swift_cl.evaluation.settings import load_settings
 from swift_cl.evaluation.store import AnswerStore, answer_path
+from swift_cl.serving.adapters import Deployment
+from swift_cl.serving.backends import ServerOptions, command
 from swift_cl.serving.worker.choices import Choices, as_expression, asked_for, packed, unpacked
+from swift_cl.serving.worker.classes import Classes, classes_of
 from swift_cl.stream.benchmark import load_benchmark
 from tests.eval.conftest import write_rows
 from tests.eval.helpers import go, names
@@ -273,3 +277,50 @@ class TestLabels:
         change(benchmark, tasks=tasks)
         with pytest.raises(UserError, match="task 'new': labels needs a scenario of classification"):
             load_benchmark(benchmark)
+
+
+class TestServedClassifier:
+    """Three classes, the model of the first two: what its engine does to logits and answers."""
+
+    @pytest.fixture
+    def classes(self):
+        return Classes(["sun", "rain", "cat"], [0, 1])
+
+    def logits(self, classes, names):
+        model = torch.nn.Identity()
+        model.register_forward_hook(lambda *_: SimpleNamespace(logits=torch.tensor([[1.0, 2.0, 3.0]])))
+        with classes.held(model, names):
+            held = model(0).logits[0].tolist()
+        assert model(0).logits.tolist() == [[1, 2, 3]], "only within the block"
+        return [round(value) if value > -1e30 else None for value in held]
+
+    @pytest.mark.parametrize(
+        ("names", "expected"),
+        [([], [1, 2, None]), (["cat", "sun"], [1, None, 3]), (["rain"], [None, 2, None])],
+    )
+    def test_only_allowed_classes_can_win(self, classes, names, expected) -> None:
+        assert self.logits(classes, names) == expected
+
+    def test_an_unknown_class(self, classes) -> None:
+        with pytest.raises(ValueError, match="'dog' is no class of this model"):
+            classes.allowed(["dog"])
+
+    def test_names_stand_in_the_answer(self, classes) -> None:
+        numbers = {"content": [{"index": 2, "logprobs": -0.1, "top_logprobs": [{"index": 2, "logprob": -0.1}]}]}
+        choice = SimpleNamespace(message=SimpleNamespace(content=2), logprobs=numbers)
+        classes.name(SimpleNamespace(choices=[choice]))
+        assert choice.message.content == "cat"
+        assert numbers == {
+            "content": [{"token": "cat", "logprob": -0.1, "top_logprobs": [{"token": "cat", "logprob": -0.1}]}]
+        }
+
+    def test_the_base_model_has_all(self, tmp_path) -> None:
+        (tmp_path / "classes.json").write_text(json.dumps({"labels": ["a", "b"], "visible": [1]}))
+        found = classes_of({"one": str(tmp_path), "two": str(tmp_path / "none")})
+        assert found.keys() == {"one", None}
+        assert (found["one"].allowed([]), list(found[None].allowed([]))) == ([1], [0, 1])
+
+    def test_only_the_transformers_backend_serves_one(self) -> None:
+        deployment = Deployment("model", {"task_type": "seq_cls", "num_labels": "3"})
+        with pytest.raises(UserError, match="vllm does not serve classifier heads here; use pt"):
+            command(deployment, ServerOptions("vllm"), "127.0.0.1", 1)

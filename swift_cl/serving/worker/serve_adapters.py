@@ -4,7 +4,7 @@ Run by file path in any environment that has ms-swift 4.6, so it imports nothing
 adapters PEFT does not know, with SWIFT_CL_TUNERS set. Flags: those of `swift deploy`. Differences (the last two are the
 transformers backend's):
 
-- A request may say which texts an answer can be, see `choices.py`.
+- A request may say which texts an answer can be, see `choices.py`; a classifier answers with names, see `classes.py`.
 - It ends when the process that started it is gone, even by SIGKILL, and takes its children with it.
 - All adapters are loaded at start, so that one that does not fit stops the server at once and not at a request.
 - ms-swift passes PEFT one adapter name for a batch of n rows, which PEFT refuses for n > 1. Its batches hold one
@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from choices import Choices, as_expression, asked_for, packed, unpacked  # type: ignore[import-not-found]
+from classes import classes_of  # type: ignore[import-not-found]
 from fastapi import Request
 from starter import watch_starter  # type: ignore[import-not-found]
 from swift.infer_engine import AdapterRequest, TransformersEngine
@@ -35,6 +36,7 @@ class AdapterEngine(TransformersEngine):
     def preload(self, adapters: "dict[str, str]") -> None:
         """Load adapters by name; no later request loads anything."""
         self.base_alone = not adapters
+        self.classes = classes_of(adapters)
         for name, path in adapters.items():
             self._add_adapter(path, name)
             self._adapters_pool[name] = AdapterRequest(name, path)
@@ -80,8 +82,16 @@ class AdapterEngine(TransformersEngine):
         return answers
 
     def _infer_forward(self, inputs: Any, adapter_request: Any, request_config: Any, **kwargs: Any) -> Any:
-        with self._activate(adapter_request):
-            return super()._infer_forward(inputs, None, request_config, **kwargs)
+        classes = self.classes.get(adapter_request.name if adapter_request else None)
+        texts = unpacked(request_config.structured_outputs_regex)
+        with self._activate(adapter_request), classes.held(self.model, texts) if classes else nullcontext():
+            answers = super()._infer_forward(inputs, None, request_config, **kwargs)
+        for answer in answers:
+            if classes:
+                classes.name(answer)
+            if adapter_request is not None:
+                answer.model = adapter_request.name
+        return answers
 
     def _infer_stream(self, inputs: Any, *, adapter_request: Any, **kwargs: Any) -> Any:
         inputs = self._constrained(inputs, kwargs["request_config"], kwargs["generation_config"])
