@@ -57,6 +57,13 @@ def test_full_workflow(tmp_path: Path) -> None:
     assert em["matrix"][0][0] > 60, "two classes, half each: it learned"
     assert len(em["seen"]["rows"]) == 2
     assert results["problems"] == []
+    probe = [sys.executable, "-m", "swift_cl.cli.main", "probe", str(run), "--probe_scope", "all"]
+    done = subprocess.run(probe, env=commands.environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "gap to exact_match" in done.stdout
+    probed = json.loads((run / "probing.json").read_text())["kinds"]["mean_cosine"]
+    assert probed["matrix"][1] == probed["matrix"][0] == probed["base"], "no warm-up: the features are the base model's"
+    assert probed["gap"]["exact_match"][1][0] == probed["matrix"][1][0] - em["matrix"][1][0]
     with pytest.raises(UserError, match="a classifier answers with its classes; --decoding free is not for it"):
         evaluate([run], EvalOptions(decoding="free"))
 
