@@ -99,6 +99,12 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--temperature", metavar="X", type=float, help="default: the benchmark's or 0 (greedy)")
     group.add_argument(
+        "--decoding",
+        choices=("free", "constrained"),
+        help="constrained: an answer can only be one of the visible labels (scenarios of classification; pt, vllm); "
+        "default: the benchmark's or free",
+    )
+    group.add_argument(
         "--history",
         choices=("own", "reference"),
         default="own",
@@ -217,6 +223,7 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
         ),
         merge_stages=given.get("merge_stages", False),
         system=given.get("system", "stage"),
+        decoding=given.get("decoding"),
         history=given.get("history", "own"),
         scorers=tuple(given.get("scorer", ())),
         scorer_model=given.get("scorer_model"),

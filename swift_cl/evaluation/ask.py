@@ -33,6 +33,7 @@ class Dialogue:
         stores: where its answers go; several when runs share the model and the question.
         routed: what a stage's router calls this model, None where nothing was chosen.
         task: the task of the question, for tasks with settings of their own.
+        labels: what an answer may be, in the order in which they are sent; empty where any text may.
     """
 
     served: str
@@ -43,6 +44,7 @@ class Dialogue:
     stores: tuple[AnswerStore, ...]
     routed: str | None = None
     task: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
@@ -69,7 +71,7 @@ def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], s
     messages, found = opening(dialogue), []
     for turn, (question, (_, reference)) in enumerate(zip(questions(dialogue.row), dialogue.row.turns, strict=True)):
         messages.append(question)
-        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task))
+        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task, dialogue.labels))
         answer = answers(turn, found[-1])
         if answer is None and settings.history == "own":
             break
@@ -211,7 +213,7 @@ class Asker:
         turns = zip(questions(dialogue.row), dialogue.row.turns, strict=True)
         for turn, (asked, (question, reference)) in enumerate(turns):
             messages.append(asked)
-            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task)
+            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task, dialogue.labels)
             answer = _row(dialogue, turn, question, reference, key)
             stored = _find(dialogue, turn, key)
             if lost is not None:
@@ -236,7 +238,8 @@ class Asker:
 
     def _reply(self, dialogue: Dialogue, messages: Sequence[Message]) -> dict[str, Any]:
         try:
-            reply = self.endpoint.ask(dialogue.served, messages, self.settings.of(dialogue.task))
+            generation = self.settings.of(dialogue.task)
+            reply = self.endpoint.ask(dialogue.served, messages, generation, dialogue.labels)
         except QuestionFailed as failure:
             self.endpoint.check_alive()
             self._count_loss(failure)

@@ -10,6 +10,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.ask import Asker, Dialogue, restore
 from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
+from swift_cl.evaluation.constrained import CONSTRAINED, FREE, check_labels
 from swift_cl.evaluation.harness import Harness, HarnessOptions
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
@@ -46,6 +47,7 @@ class EvalOptions:
         history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
         harness: what lm-evaluation-harness asks; None for nothing.
+        decoding: one of `constrained.DECODINGS`; None for the benchmark's.
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
@@ -65,6 +67,7 @@ class EvalOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     identity_check: bool = True
     harness: HarnessOptions | None = None
+    decoding: str | None = None
 
     @property
     def backend_name(self) -> str:
@@ -116,6 +119,28 @@ def generation_by_task(grids: Sequence[Grid], options: EvalOptions) -> dict[str,
                         "separately"
                     )
     return found
+
+
+def decoding(grids: Sequence[Grid], options: EvalOptions) -> str:
+    """How answers are decoded: as the command line says, else as the benchmark does.
+
+    Raises:
+        UserError: the benchmarks differ, or constrained decoding has no labels or a backend that cannot do it.
+    """
+    classifier = next((grid for grid in grids if grid.classifies), None)
+    if classifier is not None and options.decoding == FREE:
+        raise UserError(f"{classifier.run.dir}: a classifier answers with its classes; --decoding free is not for it")
+    found = {options.decoding or (CONSTRAINED if grid.classifies else grid.benchmark.decoding) for grid in grids}
+    if len(found) > 1:
+        raise UserError(
+            "the runs' benchmarks have different settings of decoding; pass --decoding, or evaluate them apart"
+        )
+    chosen = found.pop()
+    if chosen == CONSTRAINED:
+        for grid in grids:
+            check_labels(grid.benchmark)
+        backends.check_constrained(options.backend or DEFAULT_BACKEND)
+    return chosen
 
 
 def _generation(settings: dict[str, Any], options: EvalOptions) -> Generation:
@@ -212,7 +237,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
-    grids = [part for grid in grids for part in grid.parts]
+    own, grids = grids, [part for grid in grids for part in grid.parts]
     plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:
         for plan in plans:
@@ -223,13 +248,17 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
         options.history,
         options.system,
         generation_by_task(grids, options),
+        decoding(own, options),
     )
     stores = Stores()
     routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
     with terminate_raises():
         routes.fill(grids, notify)
     identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    found_by_plan = [dialogues(plan.targets, plan.served, options.system, stores, routes.answers) for plan in plans]
+    found_by_plan = [
+        dialogues(plan.targets, plan.served, options.system, stores, routes.answers, settings.constrained)
+        for plan in plans
+    ]
     work = [
         (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
     ]

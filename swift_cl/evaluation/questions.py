@@ -47,14 +47,23 @@ def itself(grid: Grid, target: Target, task: Task, row: Row) -> tuple[Target, st
     return target, None
 
 
+def allowed(grid: Grid, target: Target, task: Task) -> tuple[str, ...]:
+    """The visible labels in an order that does not depend on the tasks' order, so that equal sets are asked alike."""
+    return tuple(sorted(grid.visible(target, task)))
+
+
 def dialogues(
     targets: Sequence[tuple[Grid, Target]],
     served: Callable[[Target], str],
     policy: str,
     stores: Callable[[Grid, Target, str], AnswerStore],
     answers: Answering = itself,
+    constrained: bool = False,
 ) -> list[Dialogue]:
     """All dialogues of a server, model by model, so that batches are of one adapter; those that runs share once.
+
+    Args:
+        constrained: whether an answer can only be a visible label.
 
     Raises:
         RunFailure: a question was not routed.
@@ -64,14 +73,15 @@ def dialogues(
         base = base_of(grid, target)
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
             store = stores(grid, target, task.name)
+            labels = allowed(grid, target, task) if constrained else ()
             for row in rows:
                 chosen = answers(grid, target, task, row)
                 if chosen is None:
                     raise RunFailure(f"{grid.run.dir}: {target.row} x {task.name}, {row.id!r} was not routed")
                 model, routed = chosen
                 system = system_prompt(policy, model, task, row)
-                key = sha256_json([model.weights, task.name, system, row.id, row.content_hash, routed])
-                found = Dialogue(served(model), model.weights, base, system, row, (), routed, task.name)
+                key = sha256_json([model.weights, task.name, system, row.id, row.content_hash, routed, labels])
+                found = Dialogue(served(model), model.weights, base, system, row, (), routed, task.name, labels)
                 merged.setdefault(key, (found, []))[1].append(store)
     ordered = sorted(merged.values(), key=lambda item: item[0].served)
     return [replace(d, stores=tuple(dict.fromkeys(own))) for d, own in ordered]
@@ -93,6 +103,7 @@ def wanted_keys(
         base: `base_of` the run's base model when it was asked (scoring needs no model, which may be elsewhere).
     """
     wanted: dict[tuple[str, int], str] = {}
+    labels = allowed(grid, target, task) if settings.constrained else ()
     below = base if target.deployment == grid.base.deployment else base_of(grid, target)
     for row in rows:
 
@@ -104,7 +115,7 @@ def wanted_keys(
         if chosen is None:
             continue
         system = system_prompt(settings.system, chosen[0], task, row)
-        dialogue = Dialogue("", chosen[0].weights, below, system, row, (), task=task.name)
+        dialogue = Dialogue("", chosen[0].weights, below, system, row, (), task=task.name, labels=labels)
         wanted.update({(row.id, turn): key for turn, key in enumerate(keys(dialogue, settings, answered))})
     return wanted
 

@@ -208,6 +208,11 @@ SCENARIO_NOTES = {
     "ga": "generalisation: incremental average over the questions in other words",
     "mf": "forgetting of the learned questions; positive = worse",
     "gf": "forgetting of the questions in other words; positive = worse",
+    "acc": "after the last task, mean over tasks",
+    "acc_rows": "after the last task, over all rows: large tasks count more",
+    "inc_acc": "incremental average: mean over stages of the mean over the tasks seen so far",
+    "inc_acc_rows": "the same over the rows seen so far",
+    "forgetting": "how far old tasks fell from their best; positive = worse",
 }
 
 
@@ -222,6 +227,7 @@ def scenario_tables(results: Sequence[Results]) -> list[Table]:
             rows = [[label, *(number(metrics.get(name)) for name in names)] for label, metrics in own]
             notes = tuple(f"{name}: {SCENARIO_NOTES[name]}" for name in names)
             tables.append(Table(f"scenario metrics, {scorer}", ["method", *names], rows, notes))
+        tables += _seen_tables(named, scorer)
         probed = [
             (label, entry["probes"]) for label, entry in named if scorer in entry.get("probes", {}).get("scorers", {})
         ]
@@ -257,6 +263,21 @@ def _before_and_after(label: str, found: dict[str, Any]) -> list[list[str]]:
         [label, "last", *map(number, found["rows"][-1]), ""],
         [label, "change", *map(number, found["change"]), number(found["delta_g"])],
     ]
+
+
+def _seen_tables(named: Sequence[tuple[str, Results]], scorer: str) -> list[Table]:
+    """Accuracy over the tasks seen so far, stage by stage, where the benchmark classifies."""
+    own = [
+        (label, entry["scorers"][scorer]["seen"], entry)
+        for label, entry in named
+        if scorer in entry["scorers"] and "seen" in entry["scorers"][scorer]
+    ]
+    if not own:
+        return []
+    stages = [f"stage {number}" for number in range(1, len(own[0][2]["order"]) + 1)]
+    rows = [[label, over, *map(number, seen[over])] for label, seen, _ in own for over in ("tasks", "rows")]
+    note = "accuracy over the tasks seen so far: the mean over tasks, and that over all their rows"
+    return [Table(f"seen so far, {scorer}", ["method", "mean over", *stages], rows, (note,))]
 
 
 def legend_lines() -> list[str]:

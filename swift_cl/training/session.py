@@ -63,7 +63,8 @@ class Session:
         self.global_batch = 1
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
-        self.teacher_dir: Path | None = None
+        self.phase = ""
+        self.phases: Mapping[str, Path] = {}
         self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ class FakeContext:
         self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
         self.channels: list[str | None] | None = None
         self.engines: Engines | None = None
-        self.teacher_dir: Path | None = None
+        self.phase = ""
+        self.phases: dict[str, Path] = {}
         self.generated_dir = folder / "generated"
 
     def engine(self, weights: Path | None, backend: str) -> Any:

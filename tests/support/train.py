@@ -8,6 +8,8 @@ from tests.conftest import ROOT
 
 MODEL = ROOT / "assets" / "tiny_base"
 NEWS = ROOT / "datasets" / "continual_news_mini"
+CLASSES = ROOT / "tests" / "data" / "classes"
+"""Classification tasks of the same names."""
 TASKS = ("2022", "2023")
 
 FLAGS: dict[str, Any] = {
@@ -54,21 +56,24 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "lamol": {"lamol_max_new_tokens": 24, "lamol_max_rounds": 1, "lamol_min_fill": 0.0},
     "l2kd": {"l2kd_first_task": "plain", "l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
+    "seq_star": {"seq_star_labels": str(CLASSES / "labels.json")},
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task.
-MORE_THAN_THE_TASK = ("l2kd", "lamol", "lamol_kd")
+MORE_THAN_THE_TASK = ("l2kd", "lamol", "lamol_kd", "seq_star")
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
 
 def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
     """Flags of one small stage; `changes` win, None leaves a flag out."""
+    from swift_cl.methods.registry import get_method
     from swift_cl.workflow.plan import flags
 
+    data = CLASSES / f"{task}.json" if get_method(method).classifies else NEWS / f"{task}-train.json"
     values = {
         "model": str(MODEL),
-        "dataset": str(NEWS / f"{task}-train.json"),
+        "dataset": str(data),
         "output_dir": str(output_dir),
         "system": f"News of {task}.",
         "cl_method": method,
