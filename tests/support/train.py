@@ -57,7 +57,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task.
-MORE_THAN_THE_TASK = ("l2kd", "lamol", "lamol_kd")
+MORE_THAN_THE_TASK = ("abscl", "l2kd", "lamol", "lamol_kd")
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
