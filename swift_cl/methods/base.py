@@ -193,6 +193,10 @@ class TaskContext(Protocol):
     def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
         """Token ids of prompts as they are asked at inference: generation prompt at the end, no answer."""
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+
     def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
 

@@ -55,10 +55,11 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "lamol": {"lamol_max_new_tokens": 24, "lamol_max_rounds": 1, "lamol_min_fill": 0.0},
     "l2kd": {"l2kd_first_task": "plain", "l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
+    "sdft": {"sdft_max_new_tokens": 6},
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task.
-MORE_THAN_THE_TASK = ("abscl", "cl_moe", "l2kd", "lamol", "lamol_kd")
+MORE_THAN_THE_TASK = ("abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "sdft")
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
