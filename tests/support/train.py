@@ -38,6 +38,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
     "moe_lora": {"moe_lora_num_experts": 2},
+    "cl_moe": {"moe_lora_num_experts": 4, "cl_moe_count_rows": 8},
     "i_lora": {"i_lora_lambda": 0.9, "i_lora_mem_ratio": 1.0},
     # The tiny model continues no lists, so nothing usable is generated; test_generated_rows.py has one that does.
     "ssr": {
@@ -57,10 +58,11 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "l2kd": {"l2kd_first_task": "plain", "l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
     "seq_star": {"seq_star_labels": str(CLASSES / "labels.json")},
+    "sdft": {"sdft_max_new_tokens": 6},
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task.
-MORE_THAN_THE_TASK = ("l2kd", "lamol", "lamol_kd", "seq_star")
+MORE_THAN_THE_TASK = ("abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "sdft", "seq_star")
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
