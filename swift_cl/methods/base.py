@@ -354,7 +354,7 @@ class Method:
         return None
 
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The weights to keep, by the names of `ctx.parameters`; unchanged by default."""
+        """The weights to keep, by the names of `ctx.parameters`, without those not to be kept; unchanged by default."""
         return tensors
 
     def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
