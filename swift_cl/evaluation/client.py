@@ -10,13 +10,12 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.constrained import check_reply, request_fields
 from swift_cl.evaluation.faults import QuestionFailed as QuestionFailed
 from swift_cl.evaluation.faults import classified, describe, is_retryable, retry_after
+from swift_cl.evaluation.pictures import Message, sent
 
 if TYPE_CHECKING:
     from httpx import BaseTransport
     from openai.types.chat import ChatCompletion
     from tenacity import RetryCallState
-
-Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ class Endpoint:
 
         create: Any = self._client.chat.completions.create
         try:
-            reply = create(model=model, messages=list(messages), **fields)
+            reply = create(model=model, messages=[sent(message) for message in messages], **fields)
         except APIStatusError as error:
             raise classified(error, self.base_url, model, self.api_key_env) from error
         except APIConnectionError as error:

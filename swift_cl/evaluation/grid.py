@@ -11,9 +11,10 @@ from swift_cl.evaluation.ask import Asker, Dialogue, restore
 from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
 from swift_cl.evaluation.constrained import CONSTRAINED, FREE, check_labels
+from swift_cl.evaluation.harness import Harness, HarnessOptions
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
-from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
+from swift_cl.evaluation.plan import Grid, GridOptions, Target, load_grid
 from swift_cl.evaluation.questions import Stores, base_of, dialogues, probes
 from swift_cl.evaluation.results import Scored, collect, score_grids
 from swift_cl.evaluation.routes import Routes
@@ -46,6 +47,7 @@ class EvalOptions:
         history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
         decoding: one of `constrained.DECODINGS`; None for the benchmark's.
+        harness: what lm-evaluation-harness asks; None for nothing.
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
@@ -65,6 +67,7 @@ class EvalOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     identity_check: bool = True
     decoding: str | None = None
+    harness: HarnessOptions | None = None
 
     @property
     def backend_name(self) -> str:
@@ -259,6 +262,13 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     work = [
         (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
     ]
+    harness: Harness | None = None
+    tested: list[list[tuple[Grid, Target]]] = [[] for _ in work]
+    if options.harness is not None:
+        harness = Harness(options.harness, settings.backend, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
+        tested = [harness.missing([t for t in plan.targets if plan.holds(t[1].weights)]) for plan, _ in work]
+        if any(tested):
+            options.harness.check()
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
     log = journal(list(dict.fromkeys(grid.run.dir for grid in grids)), settings.backend)
     with (
@@ -271,10 +281,10 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
             with bar.external_write_mode():
                 notify(line)
 
-        for plan, found in work:
+        for (plan, found), untested in zip(work, tested, strict=True):
             pending = [dialogue for dialogue in found if not restore(dialogue, settings)]
             bar.update(sum(len(d.row.turns) for d in found) - sum(len(d.row.turns) for d in pending))
-            if not pending:
+            if not pending and not untested:
                 continue
             with _endpoint(plan, grids, options, say, record) as endpoint:
                 names = names_at(endpoint, plan, options.served_names)
@@ -296,6 +306,8 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
                     for group in _base_apart(renamed, plan)
                     for failure in asker.ask_all(group, bar.update).failures
                 ]
+                if harness is not None and untested:
+                    harness.fill(endpoint.base_url, untested, names, say)
             if failures:
                 say(f"{len(failures)} questions failed, for example: {failures[0]}")
     _save_settings(grids, settings)

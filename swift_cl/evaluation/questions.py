@@ -6,6 +6,8 @@ from pathlib import Path
 
 from swift_cl.errors import RunFailure
 from swift_cl.evaluation.ask import Dialogue, keys, opening
+from swift_cl.evaluation.pictures import Message
+from swift_cl.evaluation.pictures import questions as asked
 from swift_cl.evaluation.plan import Grid, Target, system_prompt
 from swift_cl.evaluation.settings import Settings
 from swift_cl.evaluation.store import AnswerStore, answer_path
@@ -118,7 +120,7 @@ def wanted_keys(
     return wanted
 
 
-def probes(grids: Sequence[Grid]) -> list[list[dict[str, str]]]:
+def probes(grids: Sequence[Grid]) -> list[list[Message]]:
     """The first question of the first few tasks, under the task's system prompt."""
     grid = grids[0]
     found = []
@@ -126,5 +128,5 @@ def probes(grids: Sequence[Grid]) -> list[list[dict[str, str]]]:
         row = rows[0]
         base = grid.base
         dialogue = Dialogue(base.served, base.weights, "", system_prompt("task", base, task, row), row, ())
-        found.append([*opening(dialogue), {"role": "user", "content": row.turns[0][0]}])
+        found.append([*opening(dialogue), asked(row)[0]])
     return found

@@ -17,6 +17,9 @@ A run that chooses an adapter for every question has `routing` beside `scorers`,
 Beside `scorers` a benchmark's views give `views` {view: {scorer: the same}}, its scenario `scenario` (see `scenarios`),
 and its probes `probes` {"tasks", "scorers": {scorer: {"base", "rows", "change", "delta_g"}}}.
 
+What lm-evaluation-harness found is `harness` {"settings", "metrics": {metric: {"higher_is_better", "tasks", "base",
+"rows", "change", "delta_g"}}}, in its own units.
+
 Scores of single answers are in RUN_DIR/scores, see `score_files`.
 """
 
@@ -25,6 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swift_cl.evaluation.floors import joint_row, results_beside, shuffled
+from swift_cl.evaluation.harness import harness_results
 from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
 from swift_cl.evaluation.questions import base_of, wanted_keys
@@ -227,6 +231,9 @@ def score_grid(grid: Grid, scorers: Sequence[GridScorer], backend: str) -> Score
     if routing is not None:
         results["routing"] = routing
     results |= _score_parts(grid, scorers, found, problems)
+    general = harness_results(grid)
+    if general is not None:
+        results["harness"] = general
     return Scored(results, problems)
 
 

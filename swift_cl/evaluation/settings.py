@@ -9,6 +9,7 @@ from typing import Any
 from swift_cl.errors import UserError
 from swift_cl.evaluation.client import Generation
 from swift_cl.evaluation.constrained import CONSTRAINED, FREE
+from swift_cl.evaluation.pictures import Message, identified
 from swift_cl.io import read_json, sha256_json, write_json
 
 HISTORIES = ("own", "reference")
@@ -50,13 +51,13 @@ class Settings:
         self,
         base: str,
         weights: str,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Message],
         task: str = "",
         labels: Sequence[str] = (),
     ) -> str:
         """Key of an answer: base model, adapter, all messages (system prompt and history), generation, backend, and the
         labels that it was constrained to."""
-        asked = [dict(message) for message in messages]
+        asked = [identified(message) for message in messages]
         only = [sorted(labels)] if labels else []
         return sha256_json([[base, weights], asked, self.of(task).as_json(), self.backend, *only])
 

@@ -13,9 +13,10 @@ from swift_cl.io import read_text
 from swift_cl.stream import catalogue
 from swift_cl.stream.benchmark_file import SCENARIO_VIEWS, BenchmarkModel, ProbeModel, ViewModel, check_classification
 from swift_cl.stream.files import mentions_images, starts_with_mark
+from swift_cl.stream.images import check_askable
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
 from swift_cl.stream.readers.messages import check_head
-from swift_cl.stream.rows import Row, check_askable
+from swift_cl.stream.rows import Row
 from swift_cl.stream.validation import explain
 
 STREAMED_HEAD = 1000

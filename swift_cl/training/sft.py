@@ -74,9 +74,8 @@ class CLSft(SwiftSft):
         self.session.template = self.template
         self.session.open_engine = self._open_engine
         self.session.micro_batch = args.per_device_train_batch_size
-        self.session.global_batch = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.launched_processes()
-        )
+        accumulation = args.training_args.gradient_accumulation_steps  # where ms-swift fills in its default
+        self.session.global_batch = args.per_device_train_batch_size * accumulation * distributed.launched_processes()
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)

@@ -46,7 +46,7 @@ class TestProbes:
         features, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 4
         asked = torch.randn(200, 6)
         one, again, other = (
-            fit("linear", features, labels, 4, ProbeSettings(1, seed=seed))(asked) for seed in (0, 0, 7)
+            fit("linear", features, labels, 4, ProbeSettings(1, batch=8, seed=seed))(asked) for seed in (0, 0, 7)
         )
         assert torch.equal(one, again)
         assert not torch.equal(one, other)
