@@ -46,8 +46,8 @@ class EvalOptions:
         scorer_options: settings by scorer name, which win over the benchmark's.
         history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
-        decoding: one of `constrained.DECODINGS`; None for the benchmark's.
         harness: what lm-evaluation-harness asks; None for nothing.
+        decoding: one of `constrained.DECODINGS`; None for the benchmark's.
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
@@ -66,8 +66,8 @@ class EvalOptions:
     concurrency: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     identity_check: bool = True
-    decoding: str | None = None
     harness: HarnessOptions | None = None
+    decoding: str | None = None
 
     @property
     def backend_name(self) -> str:

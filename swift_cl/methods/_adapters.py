@@ -4,13 +4,13 @@ PEFT's own calls do more than that: `add_adapter` and `set_adapter` change `requ
 issue 3580), which would silently freeze what is trained or train what is history.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import RunFailure, UserError
-from swift_cl.io import sha256_file
+from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ else:
     torch = LazyModule("torch")
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 TRAINED = "default"
 
 
@@ -54,6 +55,21 @@ def stored_adapter(folder: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     return {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(folder / ADAPTER_FILE).items()}
+
+
+def write_adapter(folder: Path, tensors: "Mapping[str, torch.Tensor]", config: Mapping[str, Any]) -> None:
+    """Write an adapter that PEFT can load, its configuration first.
+
+    Args:
+        tensors: by the names of `TaskContext.parameters`.
+        config: the content of adapter_config.json.
+    """
+    from safetensors.torch import save
+
+    write_json(folder / CONFIG_FILE, dict(config))
+    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(folder / ADAPTER_FILE) as stream:
+        stream.write(save(named, {"format": "pt"}))
 
 
 def activate(model: Any, *names: str) -> None:

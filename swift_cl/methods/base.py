@@ -11,10 +11,11 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
       gradients(ctx, grads)        once per optimizer step, on reduced and unscaled gradients, before clipping
       after_step(ctx)              once per applied optimizer step: averages of weights
       checkpoint_state(ctx)        with every checkpoint: what a resumed run needs (restore_checkpoint gets it back)
-    end_task(ctx)                  every rank, model still alive: the state that the next task needs
+    train_end(ctx)                 every rank, after the last step: statistics that `export` needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
     export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
     export_files(ctx)              rank 0: further JSON files beside them
+    end_task(ctx)                  every rank, model still alive: the state that the next task needs
     candidates(ctx)                rank 0, for methods that choose at inference: the adapters the stage answers with
     route(ctx, requests)           only for those, in a process of its own: an adapter for each question of a batch
 
@@ -193,6 +194,10 @@ class TaskContext(Protocol):
     def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
         """Token ids of prompts as they are asked at inference: generation prompt at the end, no answer."""
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+
     def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
 
@@ -341,12 +346,15 @@ class Method:
     def restore_checkpoint(self, ctx: TaskContext, state: MethodState) -> None:
         """Take back what `checkpoint_state` stored; called after `train_begin`."""
 
+    def train_end(self, ctx: TaskContext) -> None:
+        """Runs once the weights are final, before `export`: what is kept may depend on passes over the data."""
+
     def end_task(self, ctx: TaskContext) -> MethodState | None:
         """State for the next task. Runs on every rank; what rank 0 returns is written."""
         return None
 
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The weights to keep, by the names of `ctx.parameters`; unchanged by default."""
+        """The weights to keep, by the names of `ctx.parameters`, without those not to be kept; unchanged by default."""
         return tensors
 
     def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:

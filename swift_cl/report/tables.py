@@ -256,6 +256,15 @@ def harness_tables(named: Sequence[tuple[str, Results]]) -> list[Table]:
     return tables
 
 
+def _before_and_after(label: str, found: dict[str, Any]) -> list[list[str]]:
+    """Three rows: the base model, the last stage, and the change with its mean."""
+    return [
+        [label, BASE_ROW, *map(number, found["base"]), ""],
+        [label, "last", *map(number, found["rows"][-1]), ""],
+        [label, "change", *map(number, found["change"]), number(found["delta_g"])],
+    ]
+
+
 def _seen_tables(named: Sequence[tuple[str, Results]], scorer: str) -> list[Table]:
     """Accuracy over the tasks seen so far, stage by stage, where the benchmark classifies."""
     own = [
@@ -269,15 +278,6 @@ def _seen_tables(named: Sequence[tuple[str, Results]], scorer: str) -> list[Tabl
     rows = [[label, over, *map(number, seen[over])] for label, seen, _ in own for over in ("tasks", "rows")]
     note = "accuracy over the tasks seen so far: the mean over tasks, and that over all their rows"
     return [Table(f"seen so far, {scorer}", ["method", "mean over", *stages], rows, (note,))]
-
-
-def _before_and_after(label: str, found: dict[str, Any]) -> list[list[str]]:
-    """Three rows: the base model, the last stage, and the change with its mean."""
-    return [
-        [label, BASE_ROW, *map(number, found["base"]), ""],
-        [label, "last", *map(number, found["rows"][-1]), ""],
-        [label, "change", *map(number, found["change"]), number(found["delta_g"])],
-    ]
 
 
 def legend_lines() -> list[str]:

@@ -131,6 +131,13 @@ class Session:
             encoded = [self.template.encode({"messages": [dict(message) for message in prompt]}) for prompt in prompts]
         return [list(row["input_ids"]) for row in encoded]
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        meta, tokenizer = self.template.template_meta, self.template.tokenizer
+        texts = [tokenizer.encode(word, add_special_tokens=False) for word in meta.stop_words if isinstance(word, str)]
+        found = {meta.stop_token_id, tokenizer.eos_token_id, *(ids[0] for ids in texts if len(ids) == 1)}
+        return sorted(found - {None})
+
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.trainer.data_collator(list(encoded))
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if _is_model_input(k)}
@@ -325,7 +332,10 @@ class Session:
                 raise RunFailure(f"trained tensors are missing from the model's state: {sorted(missing)[:5]}")
             exported = self.method.export(self, own)
             for name, live in self._live_names.items():
-                state[live] = exported[name].detach().to("cpu")
+                if name in exported:
+                    state[live] = exported[name].detach().to("cpu")
+                else:
+                    del state[live]
         return state
 
 

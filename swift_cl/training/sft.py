@@ -202,6 +202,7 @@ class CLSft(SwiftSft):
         if self.args.streaming and trainer.state.global_step == 0:
             raise UserError(self._no_rows())
         output_dir = Path(self.args.output_dir)
+        self._method.train_end(self.session)
         weights = self._save_weights(trainer, output_dir)
         probe = self._probe(trainer, output_dir / weights)
         self.session.end_task(self.args.model)
