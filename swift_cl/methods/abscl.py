@@ -107,9 +107,7 @@ class Abscl(Method):
     title: ClassVar[str] = "LLM-CL: a shared and a domain adapter, kept orthogonal, chosen by Mahalanobis distance"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05496"
     config_class: ClassVar[type[MethodConfig]] = AbsclConfig
-    support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), packing=False, sequence_parallel=False
-    )
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), packing=False, sequence_parallel=False)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 

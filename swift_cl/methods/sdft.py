@@ -76,7 +76,13 @@ class Sdft(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.19897"
     config_class: ClassVar[type[MethodConfig]] = SdftConfig
     support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), packing=False, sequence_parallel=False, liger=False
+        tuners=("lora",),
+        deepspeed=(0, 1, 2),
+        full_deepspeed=(),
+        zero0_low_precision=False,
+        packing=False,
+        sequence_parallel=False,
+        liger=False,
     )
     needs_rows: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
