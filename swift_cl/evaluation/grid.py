@@ -10,9 +10,11 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.ask import Asker, Dialogue, restore
 from swift_cl.evaluation.budget import ErrorBudget
 from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
+from swift_cl.evaluation.constrained import CONSTRAINED, FREE, check_labels
+from swift_cl.evaluation.harness import Harness, HarnessOptions
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
-from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
+from swift_cl.evaluation.plan import Grid, GridOptions, Target, load_grid
 from swift_cl.evaluation.questions import Stores, base_of, dialogues, probes
 from swift_cl.evaluation.results import Scored, collect, score_grids
 from swift_cl.evaluation.routes import Routes
@@ -44,6 +46,8 @@ class EvalOptions:
         scorer_options: settings by scorer name, which win over the benchmark's.
         history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
+        harness: what lm-evaluation-harness asks; None for nothing.
+        decoding: one of `constrained.DECODINGS`; None for the benchmark's.
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
@@ -62,6 +66,8 @@ class EvalOptions:
     concurrency: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     identity_check: bool = True
+    harness: HarnessOptions | None = None
+    decoding: str | None = None
 
     @property
     def backend_name(self) -> str:
@@ -113,6 +119,28 @@ def generation_by_task(grids: Sequence[Grid], options: EvalOptions) -> dict[str,
                         "separately"
                     )
     return found
+
+
+def decoding(grids: Sequence[Grid], options: EvalOptions) -> str:
+    """How answers are decoded: as the command line says, else as the benchmark does.
+
+    Raises:
+        UserError: the benchmarks differ, or constrained decoding has no labels or a backend that cannot do it.
+    """
+    classifier = next((grid for grid in grids if grid.classifies), None)
+    if classifier is not None and options.decoding == FREE:
+        raise UserError(f"{classifier.run.dir}: a classifier answers with its classes; --decoding free is not for it")
+    found = {options.decoding or (CONSTRAINED if grid.classifies else grid.benchmark.decoding) for grid in grids}
+    if len(found) > 1:
+        raise UserError(
+            "the runs' benchmarks have different settings of decoding; pass --decoding, or evaluate them apart"
+        )
+    chosen = found.pop()
+    if chosen == CONSTRAINED:
+        for grid in grids:
+            check_labels(grid.benchmark)
+        backends.check_constrained(options.backend or DEFAULT_BACKEND)
+    return chosen
 
 
 def _generation(settings: dict[str, Any], options: EvalOptions) -> Generation:
@@ -209,7 +237,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
-    grids = [part for grid in grids for part in grid.parts]
+    own, grids = grids, [part for grid in grids for part in grid.parts]
     plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:
         for plan in plans:
@@ -220,16 +248,27 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
         options.history,
         options.system,
         generation_by_task(grids, options),
+        decoding(own, options),
     )
     stores = Stores()
     routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
     with terminate_raises():
         routes.fill(grids, notify)
     identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    found_by_plan = [dialogues(plan.targets, plan.served, options.system, stores, routes.answers) for plan in plans]
+    found_by_plan = [
+        dialogues(plan.targets, plan.served, options.system, stores, routes.answers, settings.constrained)
+        for plan in plans
+    ]
     work = [
         (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
     ]
+    harness: Harness | None = None
+    tested: list[list[tuple[Grid, Target]]] = [[] for _ in work]
+    if options.harness is not None:
+        harness = Harness(options.harness, settings.backend, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
+        tested = [harness.missing([t for t in plan.targets if plan.holds(t[1].weights)]) for plan, _ in work]
+        if any(tested):
+            options.harness.check()
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
     log = journal(list(dict.fromkeys(grid.run.dir for grid in grids)), settings.backend)
     with (
@@ -242,10 +281,10 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
             with bar.external_write_mode():
                 notify(line)
 
-        for plan, found in work:
+        for (plan, found), untested in zip(work, tested, strict=True):
             pending = [dialogue for dialogue in found if not restore(dialogue, settings)]
             bar.update(sum(len(d.row.turns) for d in found) - sum(len(d.row.turns) for d in pending))
-            if not pending:
+            if not pending and not untested:
                 continue
             with _endpoint(plan, grids, options, say, record) as endpoint:
                 names = names_at(endpoint, plan, options.served_names)
@@ -267,6 +306,8 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
                     for group in _base_apart(renamed, plan)
                     for failure in asker.ask_all(group, bar.update).failures
                 ]
+                if harness is not None and untested:
+                    harness.fill(endpoint.base_url, untested, names, say)
             if failures:
                 say(f"{len(failures)} questions failed, for example: {failures[0]}")
     _save_settings(grids, settings)

@@ -14,6 +14,7 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
     train_end(ctx)                 every rank, after the last step: statistics that `export` needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
     export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
+    export_files(ctx)              rank 0: further JSON files beside them
     end_task(ctx)                  every rank, model still alive: the state that the next task needs
     candidates(ctx)                rank 0, for methods that choose at inference: the adapters the stage answers with
     route(ctx, requests)           only for those, in a process of its own: an adapter for each question of a batch
@@ -265,6 +266,8 @@ class Method:
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
         replaces_loss: what `loss` returns is the whole loss of the micro-batch, not a term to add.
+        classifies: answers are classes, known beforehand; the flags `<name>_labels` and `<name>_scenario` say which,
+            and `swift-cl run` sets them from the benchmark.
         starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
             of the stage before.
     """
@@ -278,6 +281,7 @@ class Method:
     needs_logits: ClassVar[bool] = False
     replaces_loss: ClassVar[bool] = False
     starts_fresh: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -350,12 +354,16 @@ class Method:
         return None
 
     def export(self, ctx: TaskContext, tensors: "dict[str, Tensor]") -> "dict[str, Tensor]":
-        """The weights to keep, by the names of `ctx.parameters`; unchanged by default."""
+        """The weights to keep, by the names of `ctx.parameters`, without those not to be kept; unchanged by default."""
         return tensors
 
     def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
         """The content of the kept adapter's adapter_config.json; unchanged by default."""
         return config
+
+    def export_files(self, ctx: TaskContext) -> dict[str, Any]:
+        """Further files beside the kept weights: JSON values by file name; none by default."""
+        return {}
 
     # --- at inference ------------------------------------------------------------------------------------------------
 

@@ -332,7 +332,10 @@ class Session:
                 raise RunFailure(f"trained tensors are missing from the model's state: {sorted(missing)[:5]}")
             exported = self.method.export(self, own)
             for name, live in self._live_names.items():
-                state[live] = exported[name].detach().to("cpu")
+                if name in exported:
+                    state[live] = exported[name].detach().to("cpu")
+                else:
+                    del state[live]
         return state
 
 

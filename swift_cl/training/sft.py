@@ -74,14 +74,15 @@ class CLSft(SwiftSft):
         self.session.template = self.template
         self.session.open_engine = self._open_engine
         self.session.micro_batch = args.per_device_train_batch_size
-        self.session.global_batch = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.launched_processes()
-        )
+        accumulation = args.training_args.gradient_accumulation_steps  # where ms-swift fills in its default
+        self.session.global_batch = args.per_device_train_batch_size * accumulation * distributed.launched_processes()
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)
 
     def _prepare_model_tokenizer(self, **kwargs: Any) -> None:
+        if self._shared is not None and not _fits(self._shared[0], self.args):
+            self._shared = None
         if self._shared is None:
             super()._prepare_model_tokenizer(**kwargs)
         else:
@@ -228,6 +229,7 @@ class CLSft(SwiftSft):
                     "model_type": self.args.model_type,
                     "template": self.args.template,
                     "torch_dtype": str(self.args.torch_dtype).removeprefix("torch."),
+                    **({"task_type": "seq_cls", "num_labels": str(self.args.num_labels)} if self._classifies else {}),
                 },
                 system=self.args.system,
                 seed=self.args.seed,
@@ -249,6 +251,8 @@ class CLSft(SwiftSft):
     def _probe(self, trainer: Any, weights: Path) -> dict[str, Any] | None:
         """What the kept weights answer; None where others are kept than are in memory and one process does not hold
         them all."""
+        if self._classifies:
+            return None  # what is recorded are tokens
         kept: Any = nullcontext()
         if overrides(self._method, "export"):
             parameters = self.session.parameters.values()
@@ -258,6 +262,11 @@ class CLSft(SwiftSft):
         messages = probe_messages(self.session.rows, self.args.system)
         with kept, trainer.compute_loss_context_manager():
             return record_probe(trainer.model, self.template, messages, trainer.accelerator.device)
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether the model has a classifier head."""
+        return bool(self.args.task_type == "seq_cls")
 
     def _base_model(self, path: Path) -> str:
         if self.args.tuner_type == "full" and self._previous is not None:
@@ -279,6 +288,8 @@ class CLSft(SwiftSft):
             else:
                 config = temporary / "adapter_config.json"
                 write_json(config, self._method.export_config(self.session, read_json(config)))
+            for name, value in self._method.export_files(self.session).items():
+                write_json(temporary / name, value)
             shutil.copy(output_dir / "args.json", temporary / "args.json")
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -303,6 +314,13 @@ def _named_as_saved(model: Any) -> dict[str, Any]:
     if isinstance(model, PeftModel):
         live = get_peft_model_state_dict(model, state_dict=live, save_embedding_layers=False)
     return live
+
+
+def _fits(model: Any, args: Any) -> bool:
+    """Whether a model that an earlier stage left over is of the kind that this stage trains."""
+    info = model.model_info
+    same_task = bool(info.task_type == args.task_type)
+    return same_task and (args.task_type != "seq_cls" or info.num_labels == args.num_labels)
 
 
 def print_all_flags() -> None:

@@ -38,8 +38,8 @@ LATER_METHODS = {
     "N-LoRA": ([79.2, 78.4, 78.8], 78.8),
     "GORP, LLaMA-2-7B": ([78.7, 78.8, 78.2], 78.6),
 }
-"""The same of later papers (MIGU 2406.17245, N-LoRA 2410.10179, GORP). Left out: MIGU's long orders, whose published mean
-(68.3) is not that of its published orders (68.6)."""
+"""The same of later papers (MIGU 2406.17245, N-LoRA 2410.10179, GORP). Left out: MIGU's long orders, whose published
+mean (68.3) is not that of its published orders (68.6)."""
 
 
 def test_trace_overall_performance():

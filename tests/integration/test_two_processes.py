@@ -13,8 +13,8 @@ from tests.support.train import NEED_A_TALKING_BASE, adapter, assert_equal_up_to
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
-PLAIN = ("seq", "moe_lora")
-"""Fine-tuning and nothing else, the second with a tuner of its own."""
+PLAIN = ("seq", "moe_lora", "prog_prompt")
+"""Fine-tuning and nothing else, or with a tuner of its own."""
 
 
 def _method_of(item: Any) -> str:

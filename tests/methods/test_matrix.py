@@ -94,7 +94,7 @@ def test_two_tasks_chain(work: Path, method: str) -> None:
     assert one.started_from is None
     assert (one.task, two.task, two.index, two.method) == (*TASKS, 1, method)
     before, after = adapter(first), adapter(second)
-    assert before.keys() == after.keys()
+    assert before.keys() <= after.keys()  # prompts of earlier tasks come in addition
     assert any(not torch.equal(before[name], after[name]) for name in before), "the second task changed nothing"
 
 
@@ -198,10 +198,10 @@ def test_mixed_precision(work: Path, method: str) -> None:
     for stage in (second, other):
         after = adapter(stage)
         assert all(bool(torch.isfinite(t).all()) for t in after.values())
-        assert any(not torch.equal(before[name], after[name]) for name in after)
+        assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if not methods()[m].classifies])
 def test_the_kept_adapter_needs_nothing_of_ours(work: Path, plain_model: Any, method: str) -> None:
     """Loaded by PEFT alone it answers what the stage recorded: this is what every server loads."""
     from peft import PeftModel

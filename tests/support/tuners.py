@@ -12,6 +12,7 @@ TUNER_FLAGS: dict[str, dict[str, Any]] = {
     "p_tuning": {"p_tuning_num_virtual_tokens": 5, "p_tuning_hidden_size": 32},
     "prefix_tuning": {"prefix_tuning_num_virtual_tokens": 5, "prefix_tuning_hidden_size": 32},
     "prompt_tuning": {"prompt_tuning_num_virtual_tokens": 5},
+    "soft_prompt": {"soft_prompt_length": 5, "soft_prompt_bottleneck": 8},
 }
 
 

@@ -89,7 +89,7 @@ def test_files_are_small() -> None:
 FOUNDATION = {"errors", "io", "lazy", "distributed", "stages", "settings", "sentence_encoder", "__init__"}
 ALLOWED = {
     "generation": set(),
-    "methods": {"generation"},
+    "methods": {"generation", "tuners"},  # a method may stand on a tuner of ours, never the other way
     "tuners": set(),
     "stream": set(),
     "training": {"methods", "tuners", "stream", "generation"},
