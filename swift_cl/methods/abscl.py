@@ -18,6 +18,7 @@ from swift_cl.methods._adapters import (
     check_plain_lora,
     is_lora_a,
     load_frozen_adapter,
+    redraw,
     stored_adapter,
     write_adapter,
 )
@@ -172,6 +173,7 @@ class Abscl(Method):
         check_plain_lora(self.name, ctx.parameters)
         one_rank(self.name, model)
         if ctx.phase == DOMAIN:
+            redraw(model, self.name, ctx.seed, ctx.task)
             if self.config.domain_on == SHARED:
                 load_frozen_adapter(model, ctx.phases[SHARED], FIXED)
                 activate(model, TRAINED, FIXED)
