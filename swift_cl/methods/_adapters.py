@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._draws import Key, seed32
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,25 @@ def write_adapter(folder: Path, tensors: "Mapping[str, torch.Tensor]", config: M
     named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / ADAPTER_FILE) as stream:
         stream.write(save(named, {"format": "pt"}))
+
+
+def redraw(model: Any, *key: Key) -> None:
+    """Give the trained LoRA another random start, a function of the key.
+
+    Every stage of a run has the same seed, so without this each would begin with the same A: what is to become
+    orthogonal to an earlier A would begin on top of it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    init = model.peft_config[TRAINED].init_lora_weights
+    if init is not True and init != "gaussian":
+        return  # one that is no draw, but computed from the weights
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed32(*key))
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters(TRAINED, init)
 
 
 def activate(model: Any, *names: str) -> None:

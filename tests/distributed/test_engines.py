@@ -31,6 +31,9 @@ SEEN = {
     "lwf": ("zero0", "zero1", "zero2", "zero3"),
     "prog_prompt": ("zero0", "zero1", "zero2", "zero3"),
     "replay": ("zero0", "zero3"),
+    "abscl": ("zero0", "zero1", "zero2", "zero3"),
+    "cl_moe": ("zero0", "zero1", "zero2", "zero3"),
+    "sdft": ("zero0", "zero1", "zero2"),
 }
 """Cells that have been seen to hold on two CPU processes."""
 # fp32 keeps one process and two comparable; ms-swift takes float32 for a request of fp16 training.
