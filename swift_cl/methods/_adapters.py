@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import sha256_file
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._state import check_shapes, shapes_of
 
 if TYPE_CHECKING:
     import torch
+
+    from swift_cl.methods.base import TaskContext
 else:
     torch = LazyModule("torch")
 
@@ -54,6 +57,19 @@ def stored_adapter(folder: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     return {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(folder / ADAPTER_FILE).items()}
+
+
+def start_from(method: str, ctx: "TaskContext", folder: Path) -> None:
+    """Begin with the weights of an earlier stage, in place of those that were loaded.
+
+    Raises:
+        UserError: they have other names or shapes.
+    """
+    stored = stored_adapter(folder)
+    check_shapes(method, shapes_of(stored), shapes_of(ctx.parameters))
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            ctx.parameters[name].copy_(tensor)
 
 
 def activate(model: Any, *names: str) -> None:
