@@ -99,8 +99,10 @@ def test_a_run_logs_where_its_training_does(
     ("name", "mode", "suffix"), [("wandb", "WANDB_MODE", "wandb"), ("swanlab", "SWANLAB_MODE", "swanlab")]
 )
 def test_trackers_with_an_offline_mode(name: str, mode: str, suffix: str, tmp_path: Path) -> None:
-    """The names and values of every step are in the file that `wandb sync` and `swanlab sync` send. A process of its own:
-    both leave threads behind."""
+    """The names and values of every step are in the file that `wandb sync` and `swanlab sync` send.
+
+    A process of its own, for both leave threads behind.
+    """
     pytest.importorskip(name, reason=f"{name} is not installed (pip install 'swift_cl[trackers]')")
     values = results({"em": scored([[80.125, 30.5], [60.25, 90.75]], [10.5, 20.5])})
     code = "import json, pathlib, sys; from swift_cl.evaluation.trackers import track; "
