@@ -13,9 +13,12 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._draws import Key, seed32
+from swift_cl.methods._state import check_shapes, shapes_of
 
 if TYPE_CHECKING:
     import torch
+
+    from swift_cl.methods.base import TaskContext
 else:
     torch = LazyModule("torch")
 
@@ -90,6 +93,19 @@ def redraw(model: Any, *key: Key) -> None:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.reset_lora_parameters(TRAINED, init)
+
+
+def start_from(method: str, ctx: "TaskContext", folder: Path) -> None:
+    """Begin with the weights of an earlier stage, in place of those that were loaded.
+
+    Raises:
+        UserError: they have other names or shapes.
+    """
+    stored = stored_adapter(folder)
+    check_shapes(method, shapes_of(stored), shapes_of(ctx.parameters))
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            ctx.parameters[name].copy_(tensor)
 
 
 def activate(model: Any, *names: str) -> None:

@@ -67,7 +67,8 @@ class SeqStarConfig(MethodConfig):
             self.fail("seq_star", "warmup_lr", "a number > 0")
         if self.scenario == "til" and self.preallocate:
             self.fail("seq_star", "preallocate", "false with --seq_star_scenario til: later tasks have no rows then")
-        parse_labels(self.labels, "--seq_star_labels")
+        if self.labels:
+            parse_labels(self.labels, "--seq_star_labels")
 
     @property
     def scale(self) -> float | None:
@@ -121,6 +122,7 @@ class SeqStar(Method):
 
     def phases(self, first_task: bool) -> Sequence[Phase]:
         """The warm-up is a training of its own: what is trained never changes within one."""
+        assert self.classes  # read here, before anything is loaded
         if not first_task or self.config.warmup_epochs == 0:
             return (Phase(""),)
         flags = {"num_train_epochs": str(self.config.warmup_epochs), "learning_rate": str(self.config.warmup_lr)}
@@ -129,6 +131,9 @@ class SeqStar(Method):
         return (Phase(WARMUP, flags), Phase(""))
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
+        shown = next((number for number, row in enumerate(rows) if row.get("images")), None)
+        if shown is not None:
+            raise UserError(f"method '{self.name}' classifies text, but row {shown} of task '{ctx.task}' has images")
         return self.classes.labelled(ctx.task, rows)
 
     # --- which classes ---------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ SEEN = {
     "gem": ("zero0", "zero1", "zero2", "zero3"),
     "cia": ("zero0", "zero1", "zero2", "zero3"),
     "lwf": ("zero0", "zero1", "zero2", "zero3"),
+    "lfpt5": ("zero0", "zero1", "zero2", "zero3"),
     "prog_prompt": ("zero0", "zero1", "zero2", "zero3"),
     "replay": ("zero0", "zero3"),
     "abscl": ("zero0", "zero1", "zero2", "zero3"),

@@ -26,6 +26,8 @@ class TestProbes:
         """Means (1, 0) and (0, 5). Query (3, 1.5): inner products 3 and 7.5, cosines 0.894 and 0.447."""
         means = class_means(self.FEATURES, self.LABELS, 2)
         assert means.tolist() == [[1, 0], [0, 5]]
+        third = class_means(torch.cat([self.FEATURES, torch.tensor([[4.0, 3.0]])]), torch.tensor([0, 0, 1, 1, 0]), 3)
+        assert third.tolist() == [[2, 1], [0, 5], [0, 0]], "each over its own rows"
         query = torch.tensor([[3.0, 1.5]])
         assert (query @ means.T)[0].tolist() == pytest.approx([3, 7.5])
         by_kind = {
@@ -44,7 +46,7 @@ class TestProbes:
         features, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 4
         asked = torch.randn(200, 6)
         one, again, other = (
-            fit("linear", features, labels, 4, ProbeSettings(1, seed=seed))(asked) for seed in (0, 0, 7)
+            fit("linear", features, labels, 4, ProbeSettings(1, batch=8, seed=seed))(asked) for seed in (0, 0, 7)
         )
         assert torch.equal(one, again)
         assert not torch.equal(one, other)

@@ -37,11 +37,13 @@ def data(shown: Path, task: str) -> dict[str, Any]:
     return {"model": str(shown / "base"), "dataset": str(shown / f"{task}-train.json"), "system": None, **SHORT}
 
 
-def generates(method: str) -> bool:
-    return method == "sdft" or issubclass(methods()[method].config_class, GenerationConfig)
+def refuses(method: str) -> bool:
+    """Methods that generate text, and those that classify it."""
+    found = methods()[method]
+    return method == "sdft" or issubclass(found.config_class, GenerationConfig) or found.classifies
 
 
-@pytest.mark.parametrize("method", sorted(name for name in methods() if not generates(name)))
+@pytest.mark.parametrize("method", sorted(name for name in methods() if not refuses(name)))
 def test_every_method_trains_on_pictures(method: str, shown: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "1", tmp_path / "2"
     train_stage(method, "colour", first, **data(shown, "colour"))
@@ -51,9 +53,10 @@ def test_every_method_trains_on_pictures(method: str, shown: Path, tmp_path: Pat
     assert any(name not in one or not torch.equal(one[name], two[name]) for name in two)
 
 
-@pytest.mark.parametrize("method", sorted(filter(generates, methods())))
-def test_methods_that_generate_text_refuse_pictures(method: str, shown: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^method '{method}' generates text, but row 0 of task 'colour' has images$"):
+@pytest.mark.parametrize("method", sorted(filter(refuses, methods())))
+def test_methods_of_text_alone_refuse_pictures(method: str, shown: Path, tmp_path: Path) -> None:
+    does = "classifies" if methods()[method].classifies else "generates"
+    with pytest.raises(UserError, match=rf"^method '{method}' {does} text, but row 0 of task 'colour' has images$"):
         train_stage(method, "colour", tmp_path / "1", **data(shown, "colour"))
 
 

@@ -202,6 +202,10 @@ class TestLabels:
         with pytest.raises(UserError, match=said):
             parse_labels(text, "--seq_star_labels")
 
+    def test_a_stage_without_labels_is_refused_before_anything_is_loaded(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="it is missing"):
+            train_stage("seq_star", TASKS[0], tmp_path, seq_star_labels=None)
+
     def test_rows_refused(self) -> None:
         table = ClassTable(LABELS)
         other = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}]}
