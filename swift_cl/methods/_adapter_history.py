@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import UserError
 from swift_cl.lazy import LazyModule
-from swift_cl.methods._adapters import TRAINED, activate, check_plain_lora, is_lora_a, load_frozen_adapter, lora_twin
+from swift_cl.methods._adapters import (
+    TRAINED,
+    activate,
+    check_plain_lora,
+    is_lora_a,
+    load_frozen_adapter,
+    lora_twin,
+    redraw,
+)
 from swift_cl.methods.base import TaskContext
 
 if TYPE_CHECKING:
@@ -51,6 +59,7 @@ class AdapterHistory:
             raise UserError(f"--{self._limit_flag} is {self._limit}, allowed: 0, or at least --lora_rank ({config.r})")
         if not ctx.earlier:
             return
+        redraw(model, self._method, ctx.seed, ctx.task)
         folder = ctx.earlier[-1].weights_dir
         load_frozen_adapter(model, folder, HISTORY)
         activate(model, TRAINED, HISTORY)
