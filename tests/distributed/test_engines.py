@@ -31,6 +31,7 @@ SEEN = {
     "lwf": ("zero0", "zero1", "zero2", "zero3"),
     "prog_prompt": ("zero0", "zero1", "zero2", "zero3"),
     "replay": ("zero0", "zero3"),
+    "seq_star": ("zero0", "zero1", "zero2"),
 }
 """Cells that have been seen to hold on two CPU processes."""
 # fp32 keeps one process and two comparable; ms-swift takes float32 for a request of fp16 training.
