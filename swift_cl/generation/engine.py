@@ -21,10 +21,15 @@ class Prompt:
     Attributes:
         messages: system prompt and turns; the model answers the last one.
         text: plain text to be continued instead.
+        latent: added to the embedding of every token, of the prompt and of the answer; empty for none. The
+            transformers engine alone can.
+        latent_on_answer: whether the answer's tokens get it too.
     """
 
     messages: tuple[Mapping[str, str], ...] = ()
     text: str | None = None
+    latent: tuple[float, ...] = ()
+    latent_on_answer: bool = True
 
     @classmethod
     def chat(cls, system: str, user: str) -> "Prompt":
@@ -34,7 +39,8 @@ class Prompt:
     @cached_property
     def sha256(self) -> str:
         """Identity of the prompt."""
-        return sha256_json([list(map(dict, self.messages)), self.text])
+        latent = [list(self.latent), self.latent_on_answer] if self.latent else []
+        return sha256_json([list(map(dict, self.messages)), self.text, *latent])
 
     @property
     def length(self) -> int:

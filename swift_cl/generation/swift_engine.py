@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from swift_cl.errors import UserError
 from swift_cl.generation.engine import Answer, Prompt, Sampling
+from swift_cl.generation.steering import steered
 
 
 class SwiftEngine(ABC):
@@ -33,12 +35,19 @@ class SwiftEngine(ABC):
         assert all((prompt.text is not None) == plain for prompt in prompts), "one batch, one kind of prompt"
         self.engine.template = self._plain if plain else self._chat
         requests = [InferRequest(messages=_messages(prompt)) for prompt in prompts]
-        responses = self._infer(requests, sampling, seeds)
+        with self._latents(prompts):
+            responses = self._infer(requests, sampling, seeds)
         return [self._read(response.choices[0], sampling) for response in responses]
 
     @abstractmethod
     def _infer(self, requests: list[Any], sampling: Sampling, seeds: Sequence[int]) -> list[Any]:
         """ms-swift's responses, one a request."""
+
+    def _latents(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+        """Within it the prompts' latents are added to their embeddings."""
+        if any(prompt.latent for prompt in prompts):
+            raise UserError("this engine takes no latents; use the backend transformers")
+        return nullcontext()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """See `engine.Engine`."""
@@ -65,6 +74,14 @@ class TransformersEngine(SwiftEngine):
             torch.manual_seed(seeds[0])
             responses: list[Any] = self.engine.infer(requests, _config(sampling), use_tqdm=False)
         return responses
+
+    def _latents(self, prompts: Sequence[Prompt]) -> AbstractContextManager[None]:
+        if not any(prompt.latent for prompt in prompts):
+            return nullcontext()
+        width = max(len(prompt.latent) for prompt in prompts)
+        vectors = torch.tensor([prompt.latent or (0.0,) * width for prompt in prompts])
+        model = self.engine.model
+        return steered(model, vectors.to(model.device), answers=prompts[0].latent_on_answer)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """See `engine.Engine`. One text at a time would be slow, so texts are padded on the right, four at a time."""

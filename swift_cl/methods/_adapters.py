@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Any
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._draws import Key, seed32
+from swift_cl.methods._state import check_shapes, shapes_of
 
 if TYPE_CHECKING:
     import torch
+
+    from swift_cl.methods.base import TaskContext
 else:
     torch = LazyModule("torch")
 
@@ -70,6 +74,38 @@ def write_adapter(folder: Path, tensors: "Mapping[str, torch.Tensor]", config: M
     named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / ADAPTER_FILE) as stream:
         stream.write(save(named, {"format": "pt"}))
+
+
+def redraw(model: Any, *key: Key) -> None:
+    """Give the trained LoRA another random start, a function of the key.
+
+    Every stage of a run has the same seed, so without this each would begin with the same A: what is to become
+    orthogonal to an earlier A would begin on top of it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    init = model.peft_config[TRAINED].init_lora_weights
+    if init is not True and init != "gaussian":
+        return  # one that is no draw, but computed from the weights
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed32(*key))
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters(TRAINED, init)
+
+
+def start_from(method: str, ctx: "TaskContext", folder: Path) -> None:
+    """Begin with the weights of an earlier stage, in place of those that were loaded.
+
+    Raises:
+        UserError: they have other names or shapes.
+    """
+    stored = stored_adapter(folder)
+    check_shapes(method, shapes_of(stored), shapes_of(ctx.parameters))
+    with torch.no_grad():
+        for name, tensor in stored.items():
+            ctx.parameters[name].copy_(tensor)
 
 
 def activate(model: Any, *names: str) -> None:

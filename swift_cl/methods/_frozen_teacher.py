@@ -1,6 +1,6 @@
 """A frozen adapter beside the trained one, asked for logits. Imports torch: import it when it is needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,26 @@ class FrozenTeacher:
     def checkpoint_state(self) -> MethodState:
         """What a checkpoint records of it."""
         return MethodState(meta={"teacher_sha256": self.sha256})
+
+
+def asked_in(
+    ctx: TaskContext, batches: Sequence[Mapping[str, Any]], wanted: Callable[[str | None], bool]
+) -> list[bool]:
+    """By micro-batch of the step, whether any rank has a row that the teacher is asked about.
+
+    Under ZeRO-3 a forward needs all ranks, so all must know.
+
+    Args:
+        wanted: whether rows of a channel are.
+    """
+    own = [any(map(wanted, batch.get("channel") or [None])) for batch in batches]
+    flags = ctx.all_reduce_sum(torch.tensor(own, dtype=torch.float32, device=ctx.device))
+    return [count > 0 for count in flags.tolist()]
+
+
+def is_generated(channel: str | None) -> bool:
+    """Whether rows of a channel stand for earlier tasks."""
+    return channel is not None and channel.startswith("pseudo")
 
 
 def check_same_teacher(teacher: FrozenTeacher | None, state: MethodState) -> None:

@@ -1,13 +1,16 @@
 """What the LAMOL family shares: question rows and generation rows, and rows of earlier tasks by the previous model."""
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 from swift_cl.generation.budget import equal_shares, total_rows
+from swift_cl.generation.engine import Engine, Prompt
 from swift_cl.generation.protocol import Order, exactly
-from swift_cl.generation.screen import Screen
+from swift_cl.generation.screen import Screen, Turns
 from swift_cl.io import MethodState
 from swift_cl.methods._gen_rows import MARKS, GenRows, TaskMeta, check_task_name
 from swift_cl.methods._generating import GenerationConfig, refuse_media
@@ -42,17 +45,71 @@ class LamolFamilyConfig(GenerationConfig):
             self.fail(method, "lambda_", "a number > 0 (with 0 nothing would learn to generate)")
 
 
-class LamolFamily(Method):
-    """Rows of one stage: every own and generated row as question row and as generation row."""
+def shares_of(gamma: float, metas: Sequence[TaskMeta], current: int) -> dict[str, int]:
+    """ceil(gamma x current) rows in all, equally many of each task."""
+    return equal_shares(total_rows(exact(gamma), current), [meta.task for meta in metas])
+
+
+class GeneratedRehearsal(Method):
+    """Rows of one stage: every own and generated row as question row and as generation row.
+
+    Class attributes:
+        taught: the channel of generation rows is `new/<taught>` or `pseudo/<taught>`.
+    """
 
     needs_rows = True
     needs_logits = True
     replaces_loss = True
-    config: LamolFamilyConfig
+    taught: ClassVar[str] = "lm"
+    config: GenerationConfig
 
-    def __init__(self, config: LamolFamilyConfig) -> None:
+    def __init__(self, config: GenerationConfig) -> None:
         super().__init__(config)
         self._tasks: list[TaskMeta] = []
+
+    # --- what a method decides ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _wanted(self, metas: Sequence[TaskMeta], current: int) -> Mapping[str, int]:
+        """How many rows to generate of each task, with so many rows in the current one."""
+
+    def _rehearsed(self, ctx: TaskContext, earlier: list[TaskMeta]) -> list[TaskMeta]:
+        """What is generated, one prompt each."""
+        return earlier
+
+    def _generator(self, ctx: TaskContext) -> Path:
+        """The weights that generate."""
+        return ctx.earlier[-1].weights_dir
+
+    def _form(self, meta: TaskMeta) -> GenRows:
+        """How the task's rows are written as text."""
+        return GenRows(meta.task, meta.system)
+
+    def _teaching(self, meta: TaskMeta, row: TrainingRow) -> TrainingRow | None:
+        """The row that teaches to generate a row; None where there is none."""
+        return self._form(meta).gen_row(row["messages"])
+
+    def _prompt(self, meta: TaskMeta, number: int) -> Prompt:
+        """What is asked for candidate `number`."""
+        return self._form(meta).prompt
+
+    def _read(self, meta: TaskMeta, text: str) -> Turns:
+        """The turns that a generated text holds; raises `Rejected`."""
+        return self._form(meta).parse(text)
+
+    def _speaking(self, engine: Engine) -> Engine:
+        """What answers such a prompt with a row as text."""
+        return engine
+
+    def _labels(self, meta: TaskMeta) -> list[str] | None:
+        """The only answers that a generated row may have."""
+        return meta.labels
+
+    def _most(self, meta: TaskMeta) -> Mapping[str, int] | None:
+        """Generated rows of each label at most."""
+        return None
+
+    # --- the rows ----------------------------------------------------------------------------------------------------
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """Own rows, generated rows of all earlier tasks, and a generation row for each of them."""
@@ -63,8 +120,9 @@ class LamolFamily(Method):
         self._tasks = [*earlier, own]
         tagged = self._tagged(ctx, own, rows, "new")
         numbers: dict[str, int] = {}
-        if earlier:
-            for meta, generated in self._generate(ctx, earlier, len(rows)):
+        rehearsed = self._rehearsed(ctx, earlier)
+        if rehearsed:
+            for meta, generated in self._generate(ctx, rehearsed, len(rows)):
                 tagged += self._tagged(ctx, meta, generated, "pseudo")
                 numbers[meta.task] = len(generated)
         ctx.record("manifest", {"schema_version": 1, "task": ctx.task, "own_rows": len(rows), "generated": numbers})
@@ -74,13 +132,8 @@ class LamolFamily(Method):
         """What later stages must know of the tasks: their system prompts and labels."""
         return MethodState(rows={"tasks": [meta.to_json() for meta in self._tasks]}) if ctx.rank == 0 else None
 
-    def _form(self, meta: TaskMeta) -> GenRows:
-        # A prompt that all tasks share must generate the system prompt too: it tells them apart.
-        return GenRows(None, None) if self.config.token == "shared" else GenRows(meta.task, meta.system)
-
     def _tagged(self, ctx: TaskContext, meta: TaskMeta, rows: Sequence[TrainingRow], origin: str) -> list[TrainingRow]:
-        form = self._form(meta)
-        teaching = [form.gen_row(row["messages"]) for row in rows]
+        teaching = [self._teaching(meta, row) for row in rows]
         left_out = teaching.count(None)
         if left_out:
             ctx.notice(
@@ -88,36 +141,53 @@ class LamolFamily(Method):
                 f"{', '.join(MARKS)}, or their turns do not alternate"
             )
         tagged = [{**row, "channel": f"{origin}/qa"} for row in rows]
-        return tagged + [{**row, "channel": f"{origin}/lm"} for row in teaching if row is not None]
+        return tagged + [{**row, "channel": f"{origin}/{self.taught}"} for row in teaching if row is not None]
 
     def _generate(
-        self, ctx: TaskContext, earlier: Sequence[TaskMeta], current: int
+        self, ctx: TaskContext, metas: Sequence[TaskMeta], current: int
     ) -> list[tuple[TaskMeta, list[TrainingRow]]]:
-        """Rows of the earlier tasks by the previous stage's model."""
-        config = self.config
-        total = total_rows(exact(config.gamma), current)
-        metas = list(earlier)
-        if config.token == "shared":
-            metas = [TaskMeta(ALL_TASKS, sum(meta.rows for meta in earlier), None, None)]
-        shares = equal_shares(total, [meta.task for meta in metas])
-        with ctx.engine(ctx.earlier[-1].weights_dir, config.gen_backend) as engine:
+        """Rows of earlier tasks by an earlier model."""
+        config, shares = self.config, self._wanted(metas, current)
+        with ctx.engine(self._generator(ctx), config.gen_backend) as engine:
             orders = [self._order(ctx, meta, shares[meta.task], engine.special_tokens) for meta in metas]
             rules = config.rules(ctx, self.name)
-            found = exactly(engine, orders, config.sampling(), rules, ctx.generated_dir, ctx.notice)
+            found = exactly(self._speaking(engine), orders, config.sampling(), rules, ctx.generated_dir, ctx.notice)
         return [(meta, [pseudo.row for pseudo in found[meta.task]]) for meta in metas]
 
     def _order(self, ctx: TaskContext, meta: TaskMeta, wanted: int, special: Sequence[str]) -> Order:
         form = self._form(meta)
 
         def fits(row: TrainingRow) -> bool:
-            teaching = form.gen_row(row["messages"])
+            teaching = self._teaching(meta, row)
             return teaching is not None and all(ctx.encode([row, teaching]))
 
         screen: Any = Screen(
-            parse=form.parse,
+            parse=lambda text: self._read(meta, text),
             to_row=lambda turns, number: form.row(turns),
             fits=fits,
             forbidden=[*special, *MARKS],
-            labels=meta.labels if self.config.label_filter == "auto" else None,
+            labels=self._labels(meta),
+            most=self._most(meta),
         )
-        return Order(meta.task, wanted, lambda number: form.prompt, screen)
+        return Order(meta.task, wanted, lambda number: self._prompt(meta, number), screen)
+
+
+class LamolFamily(GeneratedRehearsal):
+    """Own rows and a share of generated ones, equally many of each earlier task."""
+
+    config: LamolFamilyConfig
+
+    def _wanted(self, metas: Sequence[TaskMeta], current: int) -> Mapping[str, int]:
+        return shares_of(self.config.gamma, metas, current)
+
+    def _rehearsed(self, ctx: TaskContext, earlier: list[TaskMeta]) -> list[TaskMeta]:
+        if earlier and self.config.token == "shared":
+            return [TaskMeta(ALL_TASKS, sum(meta.rows for meta in earlier), None, None)]
+        return earlier
+
+    def _form(self, meta: TaskMeta) -> GenRows:
+        # A prompt that all tasks share must generate the system prompt too: it tells them apart.
+        return GenRows(None, None) if self.config.token == "shared" else GenRows(meta.task, meta.system)
+
+    def _labels(self, meta: TaskMeta) -> list[str] | None:
+        return meta.labels if self.config.label_filter == "auto" else None

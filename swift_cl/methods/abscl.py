@@ -18,6 +18,7 @@ from swift_cl.methods._adapters import (
     check_plain_lora,
     is_lora_a,
     load_frozen_adapter,
+    redraw,
     stored_adapter,
     write_adapter,
 )
@@ -107,9 +108,7 @@ class Abscl(Method):
     title: ClassVar[str] = "LLM-CL: a shared and a domain adapter, kept orthogonal, chosen by Mahalanobis distance"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05496"
     config_class: ClassVar[type[MethodConfig]] = AbsclConfig
-    support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), packing=False, sequence_parallel=False
-    )
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), packing=False, sequence_parallel=False)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 
@@ -174,6 +173,7 @@ class Abscl(Method):
         check_plain_lora(self.name, ctx.parameters)
         one_rank(self.name, model)
         if ctx.phase == DOMAIN:
+            redraw(model, self.name, ctx.seed, ctx.task)
             if self.config.domain_on == SHARED:
                 load_frozen_adapter(model, ctx.phases[SHARED], FIXED)
                 activate(model, TRAINED, FIXED)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from swift_cl.errors import RunFailure
 from swift_cl.io import MethodState, sha256_json
 from swift_cl.lazy import LazyModule
-from swift_cl.methods._adapters import stored_adapter
+from swift_cl.methods._adapters import start_from
 from swift_cl.methods._draws import permutation
 from swift_cl.methods._prompts import ROWS_AT_ONCE, first_question, mean_nll, over_rows, span_of_question, without_text
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest, smallest
-from swift_cl.methods._state import check_shapes, shapes_of
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, setting
 
 if TYPE_CHECKING:
@@ -101,11 +100,7 @@ class AdapterCl(Method):
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
         if self.config.init == "previous" and ctx.earlier:
-            stored = stored_adapter(ctx.earlier[-1].weights_dir)
-            check_shapes(self.name, shapes_of(stored), shapes_of(ctx.parameters))
-            with torch.no_grad():
-                for name, tensor in stored.items():
-                    ctx.parameters[name].copy_(tensor)
+            start_from(self.name, ctx, ctx.earlier[-1].weights_dir)
         return model
 
     def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:

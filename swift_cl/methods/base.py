@@ -7,6 +7,7 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
     prepare_model(ctx, model)      after the tuner is built, before the optimizer: adapters to add, freeze, merge
     train_begin(ctx)               every rank, with the final model: load the state of earlier tasks, check it
       window(ctx, batches)         once per optimizer step, before its micro-batches: counts over the whole window
+      forward(ctx, inputs)         once per micro-batch: a context around its forward
       loss(ctx, model, inputs, loss, outputs)   once per micro-batch: returns the extra term to add, or None
       gradients(ctx, grads)        once per optimizer step, on reduced and unscaled gradients, before clipping
       after_step(ctx)              once per applied optimizer step: averages of weights
@@ -24,7 +25,7 @@ A method never asks which engine runs it: gradients, weights and reductions come
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -139,7 +140,7 @@ class TaskContext(Protocol):
         micro_batch: rows per device and forward in training; a method's own forwards take no more.
         global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
         is_logging_step: whether values logged now will be shown.
-        channels: in `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
+        channels: in `forward` and `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
     """
 
     @property
@@ -326,6 +327,10 @@ class Method:
 
     def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
         """See all micro-batches of the coming optimizer step."""
+
+    def forward(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """Entered for the forward of a micro-batch in training, with its inputs; `ctx.channels` are its rows'."""
+        return nullcontext()
 
     def loss(
         self, ctx: TaskContext, model: Any, inputs: Mapping[str, Any], loss: "Tensor", outputs: Any

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
-from swift_cl.methods._adapters import TRAINED, stored_adapter
+from swift_cl.methods._adapters import TRAINED, start_from
 from swift_cl.methods._draws import seed32
 from swift_cl.methods._instructions import (
     MUCH_CJK,
@@ -173,11 +173,7 @@ class Cia(Method):
         folder = next(earlier.weights_dir for earlier in ctx.earlier if earlier.task == task)
         if folder == ctx.earlier[-1].weights_dir:
             return
-        stored = stored_adapter(folder)
-        check_shapes(self.name, shapes_of(stored), shapes_of(ctx.parameters))
-        with torch.no_grad():
-            for name, tensor in stored.items():
-                ctx.parameters[name].copy_(tensor)
+        start_from(self.name, ctx, folder)
 
     # --- the average -------------------------------------------------------------------------------------------------
 

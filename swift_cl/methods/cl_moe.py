@@ -72,7 +72,7 @@ class ClMoe(Method):
     title: ClassVar[str] = "CL-MoE: dual-router experts with momentum"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.00413"
     config_class: ClassVar[type[MethodConfig]] = ClMoeConfig
-    support: ClassVar[Support] = Support(tuners=("moelora",), deepspeed=(), full_deepspeed=(), sequence_parallel=False)
+    support: ClassVar[Support] = Support(tuners=("moelora",), full_deepspeed=(), sequence_parallel=False)
     needs_rows: ClassVar[bool] = True
 
     config: ClMoeConfig

@@ -133,13 +133,13 @@ class L2kd(LamolFamily):
         self._pooled = Groups({name: name[-2:] for name in PARTS}, weights)
 
     def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
+        from swift_cl.methods._frozen_teacher import asked_in, is_generated
+
         assert self._parts is not None
         assert self._pooled is not None
         self._parts.window(ctx, batches)
         self._pooled.window(ctx, batches)
-        own = [any(not (c or "").startswith("pseudo") for c in batch.get("channel") or [None]) for batch in batches]
-        flags = ctx.all_reduce_sum(torch.tensor(own, dtype=torch.float32, device=ctx.device))
-        self._asked = [count > 0 for count in flags.tolist()]
+        self._asked = asked_in(ctx, batches, lambda channel: not is_generated(channel))
 
     def loss(
         self, ctx: TaskContext, model: Any, inputs: Mapping[str, Any], loss: "Tensor", outputs: Any

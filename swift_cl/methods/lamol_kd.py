@@ -80,14 +80,13 @@ class LamolKd(LamolFamily):
         self._hard = Groups(same, weights(config.hard_weight))
 
     def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
+        from swift_cl.methods._frozen_teacher import asked_in, is_generated
+
         assert self._distil is not None
         assert self._hard is not None
         self._distil.window(ctx, batches)
         self._hard.window(ctx, batches)
-        # Under ZeRO-3 a forward needs all ranks: the teacher is asked where any of them has a generated row.
-        own = [any(_is_pseudo(channel) for channel in batch.get("channel") or ()) for batch in batches]
-        flags = ctx.all_reduce_sum(torch.tensor(own, dtype=torch.float32, device=ctx.device))
-        self._asked = [count > 0 for count in flags.tolist()]
+        self._asked = asked_in(ctx, batches, is_generated)
 
     def loss(
         self, ctx: TaskContext, model: Any, inputs: Mapping[str, Any], loss: "Tensor", outputs: Any
@@ -120,7 +119,3 @@ class LamolKd(LamolFamily):
         from swift_cl.methods._frozen_teacher import check_same_teacher
 
         check_same_teacher(self._teacher, state)
-
-
-def _is_pseudo(channel: str | None) -> bool:
-    return channel is not None and channel.startswith("pseudo")

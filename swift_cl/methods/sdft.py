@@ -10,6 +10,7 @@ from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import AdapterSwitch
 from swift_cl.methods._draws import seed32
+from swift_cl.methods._generating import refuse_media
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, TrainingRow, setting
 
@@ -22,7 +23,6 @@ else:
 CHUNK = 1024
 CLOSING = "Now answer with a response of your own, including the thinking process."
 _BEFORE = "This is an example for a response to the question:"
-_MEDIA = ("images", "videos", "audios")
 
 
 @dataclass
@@ -76,7 +76,13 @@ class Sdft(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.19897"
     config_class: ClassVar[type[MethodConfig]] = SdftConfig
     support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), packing=False, sequence_parallel=False, liger=False
+        tuners=("lora",),
+        deepspeed=(0, 1, 2),
+        full_deepspeed=(),
+        zero0_low_precision=False,
+        packing=False,
+        sequence_parallel=False,
+        liger=False,
     )
     needs_rows: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
@@ -98,11 +104,11 @@ class Sdft(Method):
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The same rows, each with its number: a batch says which they are."""
+        refuse_media(self.name, ctx.task, rows)
         for number, row in enumerate(rows):
-            if row["messages"][-1]["role"] != "assistant" or any(row.get(key) for key in _MEDIA):
+            if row["messages"][-1]["role"] != "assistant":
                 raise UserError(
-                    f"row {number + 1} of task '{ctx.task}': method 'sdft' needs rows of text that end with an answer, "
-                    "the demonstration"
+                    f"row {number} of task '{ctx.task}' ends without an answer, which method 'sdft' shows its teacher"
                 )
         return [{**row, "channel": str(number)} for number, row in enumerate(rows)]
 

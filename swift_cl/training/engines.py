@@ -79,6 +79,7 @@ def _transformers(
 ) -> Iterator[Engine]:
     from peft import PeftModel
     from swift.infer_engine import TransformersEngine as SwiftTransformers
+    from swift.utils import disable_deepspeed_zero3
 
     from swift_cl.generation.swift_engine import TransformersEngine
 
@@ -92,7 +93,9 @@ def _transformers(
             served = PeftModel.from_pretrained(module, str(adapter))
     try:
         chat, plain = _templates(args, processor)
-        yield TransformersEngine(SwiftTransformers(served, template=chat, max_batch_size=0), chat, plain, identity)
+        # With ZeRO-3 in force transformers would let every step of the generation wait for ranks that generate nothing.
+        with contextlib.nullcontext() if whole else disable_deepspeed_zero3():
+            yield TransformersEngine(SwiftTransformers(served, template=chat, max_batch_size=0), chat, plain, identity)
     finally:
         if adapter is not None:
             served.unload()

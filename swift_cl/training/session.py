@@ -248,6 +248,11 @@ class Session:
         """Before the micro-batches of an optimizer step."""
         self.method.window(self, batches)
 
+    def forward(self, inputs: Mapping[str, Any], channels: Sequence[str | None] | None) -> AbstractContextManager[None]:
+        """Around the forward of a micro-batch."""
+        self.channels = channels
+        return self.method.forward(self, inputs)
+
     def loss(
         self,
         inputs: Mapping[str, Any],

@@ -94,9 +94,10 @@ class CLTrainerMixin:
             )
         kept = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
         channels = inputs.get("channel")
-        loss, outputs = super().compute_loss(  # type: ignore[misc]
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
-        )
+        with self.cl_session.forward(kept, channels):
+            loss, outputs = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
+            )
         loss = self.cl_session.loss(kept, loss, outputs, num_items_in_batch, channels)
         return (loss, outputs) if return_outputs else loss
 

@@ -29,8 +29,12 @@ SEEN = {
     "gem": ("zero0", "zero1", "zero2", "zero3"),
     "cia": ("zero0", "zero1", "zero2", "zero3"),
     "lwf": ("zero0", "zero1", "zero2", "zero3"),
+    "lfpt5": ("zero0", "zero1", "zero2", "zero3"),
     "prog_prompt": ("zero0", "zero1", "zero2", "zero3"),
     "replay": ("zero0", "zero3"),
+    "abscl": ("zero0", "zero1", "zero2", "zero3"),
+    "cl_moe": ("zero0", "zero1", "zero2", "zero3"),
+    "sdft": ("zero0", "zero1", "zero2"),
     "seq_star": ("zero0", "zero1", "zero2"),
 }
 """Cells that have been seen to hold on two CPU processes."""

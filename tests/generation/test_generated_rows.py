@@ -16,6 +16,10 @@ METHODS = {
     "ssr": {"embedder": "model", "clusters": 2, **SYNTHESIS},
     "pseudo_replay": SYNTHESIS,
     "lamol": {"gamma": 0.25, "max_new_tokens": 64, "min_fill": 1.0},
+    "lfpt5": {
+        **{"num_per_task": 4, "max_new_tokens": 64, "min_fill": 1.0, "max_rounds": 5},
+        **{"prompt_length": 1, "init": "labels", "repetition_penalty": 1.0},  # the base model talks if left alone
+    },
     "lamol_kd": {"gamma": 0.25, "max_new_tokens": 64, "min_fill": 1.0},
 }
 

@@ -13,7 +13,7 @@ from tests.support.train import NEED_A_TALKING_BASE, adapter, assert_equal_up_to
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
-PLAIN = ("seq", "moe_lora", "prog_prompt")
+PLAIN = ("seq", "moe_lora", "prog_prompt", "lfpt5")
 """Fine-tuning and nothing else, or with a tuner of its own."""
 
 

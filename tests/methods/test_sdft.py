@@ -106,9 +106,9 @@ def test_the_rows_are_those_of_the_task_by_their_numbers() -> None:
     mixed = sdft().prepare_task(ctx, ROWS)
     assert [r["channel"] for r in mixed] == ["0", "1", "2", "3"]
     assert [r["messages"] for r in mixed] == [r["messages"] for r in ROWS]
-    with pytest.raises(UserError, match="row 2 of task 'now'"):
+    with pytest.raises(UserError, match="row 1 of task 'now' ends without an answer"):
         sdft().prepare_task(ctx, [ROWS[0], {"messages": ROWS[1]["messages"][:2]}])
-    with pytest.raises(UserError, match="rows of text"):
+    with pytest.raises(UserError, match="generates text, but row 0 of task 'now' has images"):
         sdft().prepare_task(ctx, [{**ROWS[0], "images": ["a.png"]}])
 
 
