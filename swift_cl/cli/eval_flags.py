@@ -183,8 +183,9 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
     import shlex
 
     from swift_cl.errors import UserError
+    from swift_cl.evaluation.asked import DEFAULT_BACKEND
     from swift_cl.evaluation.client import RetryPolicy
-    from swift_cl.evaluation.grid import DEFAULT_BACKEND, EvalOptions
+    from swift_cl.evaluation.grid import EvalOptions
     from swift_cl.evaluation.plan import GridOptions
     from swift_cl.evaluation.servers import ServerSettings
     from swift_cl.serving.backends import ServerOptions, check_name, is_offline

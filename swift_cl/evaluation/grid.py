@@ -6,11 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swift_cl.errors import RunFailure, UserError
+from swift_cl.errors import RunFailure
 from swift_cl.evaluation.ask import Asker, Dialogue, restore
+from swift_cl.evaluation.asked import (
+    DEFAULT_BACKEND,
+    check_classifiers,
+    decoding,
+    generation,
+    generation_by_task,
+)
 from swift_cl.evaluation.budget import ErrorBudget
-from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
-from swift_cl.evaluation.constrained import CONSTRAINED, FREE, check_labels
+from swift_cl.evaluation.client import Endpoint, RetryPolicy
 from swift_cl.evaluation.harness import Harness, HarnessOptions
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
@@ -21,13 +27,11 @@ from swift_cl.evaluation.routes import Routes
 from swift_cl.evaluation.scoring import GridScorer, choose_scorers, load_scorers
 from swift_cl.evaluation.servers import ServerPlan, ServerSettings, each_once, names_at, plan_servers, serve
 from swift_cl.evaluation.settings import Settings, load_settings
-from swift_cl.io import sha256_json
 from swift_cl.serving import backends
 from swift_cl.serving.backends import ServerOptions
 from swift_cl.serving.server import terminate_raises
 from swift_cl.stream.benchmark import ScorerOptions
 
-DEFAULT_BACKEND = "pt"
 ENDPOINT_BACKEND = "endpoint"
 
 
@@ -96,62 +100,6 @@ def backend_of(grids: Sequence[Grid], options: EvalOptions) -> str:
             known = "" if asked is None else asked[0].backend
             return known if known.startswith(f"{options.backend_name} ") else options.backend_name
     return options.backend_name if version is None else f"{options.backend_name} {version}"
-
-
-def generation(grids: Sequence[Grid], options: EvalOptions) -> Generation:
-    """The settings of the command line, else of the benchmark, else greedy with at most 512 tokens."""
-    found = {sha256_json(dict(grid.benchmark.generation)): dict(grid.benchmark.generation) for grid in grids}
-    if len(found) > 1:
-        raise UserError("the runs' benchmarks have different generation settings; evaluate them separately")
-    return _generation(next(iter(found.values())), options)
-
-
-def generation_by_task(grids: Sequence[Grid], options: EvalOptions) -> dict[str, Generation]:
-    """The settings of tasks that have their own, which win over the benchmark's and not over the command line's."""
-    found: dict[str, Generation] = {}
-    for grid in grids:
-        for task in grid.tasks:
-            if task.generation:
-                made = _generation({**grid.benchmark.generation, **task.generation}, options)
-                if found.setdefault(task.name, made) != made:
-                    raise UserError(
-                        f"task {task.name} has different generation settings in the runs' benchmarks; evaluate them "
-                        "separately"
-                    )
-    return found
-
-
-def decoding(grids: Sequence[Grid], options: EvalOptions) -> str:
-    """How answers are decoded: as the command line says, else as the benchmark does.
-
-    Raises:
-        UserError: the benchmarks differ, or constrained decoding has no labels or a backend that cannot do it.
-    """
-    classifier = next((grid for grid in grids if grid.classifies), None)
-    if classifier is not None and options.decoding == FREE:
-        raise UserError(f"{classifier.run.dir}: a classifier answers with its classes; --decoding free is not for it")
-    found = {options.decoding or (CONSTRAINED if grid.classifies else grid.benchmark.decoding) for grid in grids}
-    if len(found) > 1:
-        raise UserError(
-            "the runs' benchmarks have different settings of decoding; pass --decoding, or evaluate them apart"
-        )
-    chosen = found.pop()
-    if chosen == CONSTRAINED:
-        for grid in grids:
-            check_labels(grid.benchmark)
-        backends.check_constrained(options.backend or DEFAULT_BACKEND)
-    return chosen
-
-
-def _generation(settings: dict[str, Any], options: EvalOptions) -> Generation:
-    defaults = Generation()
-    max_tokens = settings.pop("max_tokens", defaults.max_tokens)
-    temperature = settings.pop("temperature", defaults.temperature)
-    return Generation(
-        max_tokens if options.max_tokens is None else options.max_tokens,
-        float(temperature if options.temperature is None else options.temperature),
-        settings,
-    )
 
 
 @dataclass(frozen=True)
@@ -237,6 +185,7 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
+    check_classifiers(grids, options)
     own, grids = grids, [part for grid in grids for part in grid.parts]
     plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:

@@ -85,7 +85,7 @@ class SeqStar(Method):
     config_class: ClassVar[type[MethodConfig]] = SeqStarConfig
     support: ClassVar[Support] = Support(
         tuners=("lora",),
-        deepspeed=(),
+        deepspeed=(0, 1, 2),
         full_deepspeed=(),
         packing=False,
         quantized=False,

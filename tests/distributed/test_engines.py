@@ -35,6 +35,7 @@ SEEN = {
     "abscl": ("zero0", "zero1", "zero2", "zero3"),
     "cl_moe": ("zero0", "zero1", "zero2", "zero3"),
     "sdft": ("zero0", "zero1", "zero2"),
+    "seq_star": ("zero0", "zero1", "zero2"),
 }
 """Cells that have been seen to hold on two CPU processes."""
 # fp32 keeps one process and two comparable; ms-swift takes float32 for a request of fp16 training.

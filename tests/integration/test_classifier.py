@@ -64,8 +64,9 @@ def test_full_workflow(tmp_path: Path) -> None:
     probed = json.loads((run / "probing.json").read_text())["kinds"]["mean_cosine"]
     assert probed["matrix"][1] == probed["matrix"][0] == probed["base"], "no warm-up: the features are the base model's"
     assert probed["gap"]["exact_match"][1][0] == probed["matrix"][1][0] - em["matrix"][1][0]
-    with pytest.raises(UserError, match="a classifier answers with its classes; --decoding free is not for it"):
-        evaluate([run], EvalOptions(decoding="free"))
+    for flag, options in (("--decoding free", {"decoding": "free"}), ("--merge_stages", {"merge_stages": True})):
+        with pytest.raises(UserError, match=f"a classifier answers with its classes; {flag} is not for it"):
+            evaluate([run], EvalOptions(**options))
 
 
 def test_a_benchmark_of_texts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
