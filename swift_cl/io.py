@@ -173,6 +173,8 @@ def load_method_state(folder: Path, method: str) -> MethodState:
         raise UserError(f"{index}: not the state of a method (expected an object that lists its 'files')")
     if meta.get("schema_version") != STATE_SCHEMA:
         raise UserError(f"{index}: schema_version is {meta.get('schema_version')!r}, this version reads {STATE_SCHEMA}")
+    if meta.get("method") != method:
+        raise UserError(f"{index}: the state of method {meta.get('method')!r}, expected that of '{method}'")
     state = MethodState(meta={k: v for k, v in meta.items() if k not in ("schema_version", "method", "files")})
     for name, expected in meta["files"].items():
         path = folder / name

@@ -3,7 +3,9 @@
 A new method is tested by being registered.
 """
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -253,6 +255,47 @@ def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
         else:
             with pytest.raises(UserError, match=f"--{flag}"):
                 check_support(args, made)
+
+
+def lose(state: Path) -> None:
+    state.unlink()
+
+
+def be_newer(state: Path) -> None:
+    state.write_text(json.dumps({**json.loads(state.read_text()), "schema_version": 99}))
+
+
+def be_anothers(state: Path) -> None:
+    state.write_text(json.dumps({**json.loads(state.read_text()), "method": "another"}))
+
+
+@pytest.mark.parametrize("damage", [lose, be_newer, be_anothers])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_past_that_does_not_fit_is_refused(
+    work: Path, tmp_path: Path, method: str, damage: Callable[[Path], None]
+) -> None:
+    """The state of the stage before is missing, of another version, or of another method: one line, naming the file."""
+    first, _ = two_stages(work, method)
+    state = first / "cl_state" / f"{method}.json"
+    if not state.is_file():
+        pytest.skip(f"{method} keeps no state")
+    shutil.copytree(first, tmp_path / "1")
+    damaged = tmp_path / "1" / "cl_state" / state.name
+    damage(damaged)
+    with pytest.raises(UserError) as refused:
+        train_stage(method, TASKS[1], tmp_path / "2", tmp_path / "1")
+    assert str(damaged) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_base_model_is_refused(work: Path, tmp_path: Path, method: str) -> None:
+    first, _ = two_stages(work, method)
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    with pytest.raises(UserError, match=rf"^--cl_previous {first}: trained on base model .*, but --model is {other}"):
+        train_stage(method, TASKS[1], tmp_path / "2", first, model=str(other))
 
 
 @pytest.mark.parametrize("tuner", ["lora", "full"])
