@@ -57,6 +57,21 @@ def test_the_adapter_speaks_and_batches_equal_single_prompts(stage):
     assert together != base
 
 
+def test_a_latent_steers_its_own_prompt(stage):
+    """A latent of 0 changes nothing, a large one does, and a batch of several equals one by one."""
+    first, sft = stage
+    width = sft.model.config.hidden_size
+    latents = [(0.0,) * width, tuple(0.5 * (-1.0) ** i for i in range(width)), (0.3,) * width]
+    steered = [Prompt(p.messages, None, latent) for p, latent in zip(prompts(), latents, strict=True)]
+    with sft._open_engine(first.weights_dir, "transformers") as engine:
+        plain = engine.answer(prompts(), GREEDY, [0, 0, 0])
+        together = engine.answer(steered, GREEDY, [0, 0, 0])
+        alone = [engine.answer([prompt], GREEDY, [0])[0] for prompt in steered]
+        assert engine.answer(prompts(), GREEDY, [0, 0, 0]) == plain
+    assert together == alone
+    assert [a == b for a, b in zip(plain, together, strict=True)] == [True, False, False]
+
+
 def test_plain_text_is_continued_without_a_template(stage):
     _, sft = stage
     # The tiny model ends other texts at once; this one it continues with an answer of several tokens.

@@ -42,7 +42,7 @@ def run_chain(
     texts = (folder.parent / "one.json", folder.parent / "two.json")
     classifiers = [name for name in methods if get_method(name).classifies]
     others = [name for name in methods if name not in classifiers]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, own, files in (("texts", others, texts), ("classes", classifiers, CLASS_FILES)):
         if own:
             scenario = {"scenario": "class_incremental"} if own is classifiers else {}

@@ -59,6 +59,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
     "seq_star": {"seq_star_labels": str(CLASSES / "labels.json")},
     "sdft": {"sdft_max_new_tokens": 6},
+    "pcll": {"pcll_z_dim": 8, "pcll_max_new_tokens": 24, "pcll_max_rounds": 1, "pcll_min_fill": 0.0},
     "lfpt5": {
         "lfpt5_prompt_length": 5,
         "lfpt5_task_type": "news",
@@ -69,7 +70,9 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task, or is kept in another form than it is trained in.
-MORE_THAN_THE_TASK = ("abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "lfpt5", "prog_prompt", "sdft", "seq_star")
+MORE_THAN_THE_TASK = (
+    "abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt", "sdft", "seq_star",
+)  # fmt: skip
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
