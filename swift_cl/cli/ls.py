@@ -3,9 +3,13 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swift_cl.methods.base import Support
 
 KINDS = ("methods", "tuners", "benchmarks", "scorers")
 # Too long for a table.
@@ -42,6 +46,25 @@ def _methods() -> list[dict[str, Any]]:
         }
         for method in methods().values()
     ]
+
+
+def zero_text(support: "Support") -> str:
+    """The ZeRO stages as the README's table says them, e.g. `0 (fp32), 1-3 (full: 0)`; `no` for none."""
+
+    def ranges(stages: Sequence[int]) -> str:
+        if not stages:
+            return "no"
+        ends = f"{stages[0]}-{stages[-1]}" if len(stages) > 1 else str(stages[0])
+        return ends if tuple(stages) == tuple(range(stages[0], stages[-1] + 1)) else ", ".join(map(str, stages))
+
+    stages = support.deepspeed
+    if stages[:1] == (0,) and not support.zero0_low_precision:
+        text = "0 (fp32)" + (f", {ranges(stages[1:])}" if stages[1:] else "")
+    else:
+        text = ranges(stages)
+    if "full" in support.tuners and support.full_deepspeed != stages:
+        text += f" (full: {ranges(support.full_deepspeed)})"
+    return text
 
 
 def _tuners() -> list[dict[str, Any]]:
