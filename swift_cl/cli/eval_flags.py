@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from swift_cl.evaluation.grid import EvalOptions
+    from swift_cl.evaluation.harness import HarnessOptions
 
 CONCURRENCY, OFFLINE_CONCURRENCY = 16, 256
 
@@ -98,6 +99,12 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--temperature", metavar="X", type=float, help="default: the benchmark's or 0 (greedy)")
     group.add_argument(
+        "--decoding",
+        choices=("free", "constrained"),
+        help="constrained: an answer can only be one of the visible labels (scenarios of classification; pt, vllm); "
+        "default: the benchmark's or free",
+    )
+    group.add_argument(
         "--history",
         choices=("own", "reference"),
         default="own",
@@ -109,6 +116,27 @@ def add_asking_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--request_timeout", metavar="S", type=float, default=300.0, help="seconds an answer may take")
     group.add_argument(
         "--attempts", metavar="N", type=_positive, default=4, help="how often a question is asked at most"
+    )
+    group.add_argument(
+        "--lm_eval",
+        metavar="TASK",
+        nargs="+",
+        default=[],
+        help="general ability: tasks of lm-evaluation-harness that the base model and the last stage are asked as well",
+    )
+    group.add_argument(
+        "--lm_eval_limit", metavar="N", type=_positive, help="only the first N rows of each of its tasks"
+    )
+    group.add_argument("--lm_eval_num_fewshot", metavar="N", type=int, help="examples a question; default: the task's")
+    group.add_argument("--lm_eval_include_path", metavar="DIR", help="folder with further tasks (YAML)")
+    group.add_argument(
+        "--lm_eval_stages", choices=("last", "all"), default="last", help="base and last stage (default), or all stages"
+    )
+    group.add_argument(
+        "--lm_eval_endpoint",
+        choices=("chat", "completions"),
+        default="chat",
+        help="chat: tasks that generate (default); completions: log-likelihoods too, where the server gives a prompt's",
     )
     group.add_argument("--no_identity_check", **_SWITCH, help="do not check first that each adapter is really served")
 
@@ -155,8 +183,9 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
     import shlex
 
     from swift_cl.errors import UserError
+    from swift_cl.evaluation.asked import DEFAULT_BACKEND
     from swift_cl.evaluation.client import RetryPolicy
-    from swift_cl.evaluation.grid import DEFAULT_BACKEND, EvalOptions
+    from swift_cl.evaluation.grid import EvalOptions
     from swift_cl.evaluation.plan import GridOptions
     from swift_cl.evaluation.servers import ServerSettings
     from swift_cl.serving.backends import ServerOptions, check_name, is_offline
@@ -195,6 +224,7 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
         ),
         merge_stages=given.get("merge_stages", False),
         system=given.get("system", "stage"),
+        decoding=given.get("decoding"),
         history=given.get("history", "own"),
         scorers=tuple(given.get("scorer", ())),
         scorer_model=given.get("scorer_model"),
@@ -204,6 +234,33 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
         concurrency=concurrency,
         retry=RetryPolicy(attempts=given.get("attempts", 4), timeout=given.get("request_timeout", 300.0)),
         identity_check=not given.get("no_identity_check", False),
+        harness=harness_options(given, offline),
+    )
+
+
+def harness_options(given: Mapping[str, Any], offline: bool) -> "HarnessOptions | None":
+    """What lm-evaluation-harness is to ask; None for nothing."""
+    from swift_cl.errors import UserError
+    from swift_cl.evaluation.harness import HarnessOptions
+
+    tasks = tuple(given.get("lm_eval") or ())
+    if not tasks:
+        return None
+    if offline:
+        raise UserError(
+            "--lm_eval asks over HTTP, which an offline backend does not have; allowed: --infer_backend vllm"
+        )
+    shots = given["lm_eval_num_fewshot"]
+    if shots is not None and shots < 0:
+        raise UserError(f"--lm_eval_num_fewshot {shots}: allowed are 0 and more")
+    folder = _path(given["lm_eval_include_path"])
+    return HarnessOptions(
+        tasks,
+        given["lm_eval_limit"],
+        shots,
+        None if folder is None else folder.resolve(),
+        given["lm_eval_stages"],
+        given["lm_eval_endpoint"],
     )
 
 

@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
     parser = build_parser()
     check_eval_keys(config.eval, parser)
     evaluation = parser.parse_args(["eval", *eval_argv(config, plans)])
-    check_evaluation(config, benchmark, evaluation.scorer, scorer_options(evaluation.scorer_option))
+    check_evaluation(
+        config, benchmark, evaluation.scorer, scorer_options(evaluation.scorer_option), evaluation.decoding
+    )
     if args.preview:
         check_train_flags(plans)
         counts = check_rows(config, benchmark)

@@ -7,6 +7,7 @@ changed.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from swift_cl.errors import RunFailure
 from swift_cl.evaluation.client import Endpoint
 from swift_cl.evaluation.faults import QuestionFailed
+from swift_cl.evaluation.pictures import Message, questions
 from swift_cl.evaluation.settings import Settings
 from swift_cl.evaluation.store import Answer, AnswerStore
 from swift_cl.stream.rows import Row
@@ -31,6 +33,7 @@ class Dialogue:
         stores: where its answers go; several when runs share the model and the question.
         routed: what a stage's router calls this model, None where nothing was chosen.
         task: the task of the question, for tasks with settings of their own.
+        labels: what an answer may be, in the order in which they are sent; empty where any text may.
     """
 
     served: str
@@ -41,18 +44,20 @@ class Dialogue:
     stores: tuple[AnswerStore, ...]
     routed: str | None = None
     task: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass
 class Tally:
-    """What was done: turns asked, answers found in the stores, and failures as text."""
+    """What was done: turns asked, answers found in the stores, failures as text, and how many seconds it took."""
 
     asked: int = 0
     reused: int = 0
     failures: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
 
-def opening(dialogue: Dialogue) -> list[dict[str, str]]:
+def opening(dialogue: Dialogue) -> list[Message]:
     """The messages before the first question."""
     return [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]
 
@@ -64,9 +69,9 @@ def keys(dialogue: Dialogue, settings: Settings, answers: Callable[[int, str], s
         answers: (turn, its key) -> the model's answer, None where there is none.
     """
     messages, found = opening(dialogue), []
-    for turn, (question, reference) in enumerate(dialogue.row.turns):
-        messages.append({"role": "user", "content": question})
-        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task))
+    for turn, (question, (_, reference)) in enumerate(zip(questions(dialogue.row), dialogue.row.turns, strict=True)):
+        messages.append(question)
+        found.append(settings.key(dialogue.base, dialogue.weights, messages, dialogue.task, dialogue.labels))
         answer = answers(turn, found[-1])
         if answer is None and settings.history == "own":
             break
@@ -186,7 +191,7 @@ class Asker:
         threads = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.concurrency, len(dialogues)))]
         for thread in threads:
             thread.start()
-        running = len(threads)
+        running, begin = len(threads), time.monotonic()
         try:
             while running:
                 event = done.get()
@@ -197,6 +202,7 @@ class Asker:
                 else:
                     on_turn()
         finally:
+            tally.seconds = time.monotonic() - begin
             if running:
                 self.endpoint.stopped.set()
         return tally
@@ -204,9 +210,10 @@ class Asker:
     def _ask(self, dialogue: Dialogue, tally: Tally, done: Callable[[Answer], None]) -> None:
         messages = opening(dialogue)
         lost: str | None = None
-        for turn, (question, reference) in enumerate(dialogue.row.turns):
-            messages.append({"role": "user", "content": question})
-            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task)
+        turns = zip(questions(dialogue.row), dialogue.row.turns, strict=True)
+        for turn, (asked, (question, reference)) in enumerate(turns):
+            messages.append(asked)
+            key = self.settings.key(dialogue.base, dialogue.weights, messages, dialogue.task, dialogue.labels)
             answer = _row(dialogue, turn, question, reference, key)
             stored = _find(dialogue, turn, key)
             if lost is not None:
@@ -229,9 +236,10 @@ class Asker:
             else:
                 lost = lost or str(turn)
 
-    def _reply(self, dialogue: Dialogue, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
+    def _reply(self, dialogue: Dialogue, messages: Sequence[Message]) -> dict[str, Any]:
         try:
-            reply = self.endpoint.ask(dialogue.served, messages, self.settings.of(dialogue.task))
+            generation = self.settings.of(dialogue.task)
+            reply = self.endpoint.ask(dialogue.served, messages, generation, dialogue.labels)
         except QuestionFailed as failure:
             self.endpoint.check_alive()
             self._count_loss(failure)

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.evaluation.constrained import check_reply, request_fields
 from swift_cl.evaluation.faults import QuestionFailed as QuestionFailed
 from swift_cl.evaluation.faults import classified, describe, is_retryable, retry_after
+from swift_cl.evaluation.pictures import Message, sent
 
 if TYPE_CHECKING:
     from httpx import BaseTransport
     from openai.types.chat import ChatCompletion
     from tenacity import RetryCallState
-
-Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -145,25 +145,29 @@ class Endpoint:
         version = told.get("version") if isinstance(told, dict) else None
         return version if isinstance(version, str) else None
 
-    def ask(self, model: str, messages: Sequence[Message], generation: Generation) -> Reply:
+    def ask(self, model: str, messages: Sequence[Message], generation: Generation, labels: Sequence[str] = ()) -> Reply:
         """The answer to a dialogue.
+
+        Args:
+            labels: the answer must be one of them; empty where it may be any text.
 
         Raises:
             QuestionFailed: this question got none, also when asked again.
-            RunFailure: no question can get one (unknown model, wrong key, dead server).
+            RunFailure: no question can get one (unknown model, wrong key, dead server, no constrained decoding).
         """
         reply = self._create(
             model,
             messages,
             max_tokens=generation.max_tokens,
             temperature=generation.temperature,
-            extra_body=dict(generation.extra) or None,
+            extra_body={**generation.extra, **request_fields(labels)} or None,
         )
         choice = reply.choices[0]
         if choice.message.content is None:
             raise QuestionFailed(f"the response has no text (finish_reason {choice.finish_reason!r})", False)
         # JSON can spell half a character (a lone surrogate), which no UTF-8 file can hold.
         text = choice.message.content.encode("utf-8", "replace").decode()
+        check_reply(text, choice.finish_reason, labels, generation.as_json(), self.base_url)
         return Reply(text, choice.finish_reason, reply.model, reply.usage.completion_tokens if reply.usage else None)
 
     def first_logprobs(self, model: str, messages: Sequence[Message]) -> dict[str, float] | None:
@@ -206,7 +210,7 @@ class Endpoint:
 
         create: Any = self._client.chat.completions.create
         try:
-            reply = create(model=model, messages=list(messages), **fields)
+            reply = create(model=model, messages=[sent(message) for message in messages], **fields)
         except APIStatusError as error:
             raise classified(error, self.base_url, model, self.api_key_env) from error
         except APIConnectionError as error:

@@ -6,26 +6,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from swift_cl.errors import RunFailure, UserError
+from swift_cl.errors import RunFailure
 from swift_cl.evaluation.ask import Asker, Dialogue, restore
+from swift_cl.evaluation.asked import (
+    DEFAULT_BACKEND,
+    check_classifiers,
+    decoding,
+    generation,
+    generation_by_task,
+)
 from swift_cl.evaluation.budget import ErrorBudget
-from swift_cl.evaluation.client import Endpoint, Generation, RetryPolicy
+from swift_cl.evaluation.client import Endpoint, RetryPolicy
+from swift_cl.evaluation.harness import Harness, HarnessOptions
 from swift_cl.evaluation.identity import IDENTITY_FILE, IdentityCheck
 from swift_cl.evaluation.journal import Journal, journal
-from swift_cl.evaluation.plan import Grid, GridOptions, load_grid
+from swift_cl.evaluation.plan import Grid, GridOptions, Target, load_grid
 from swift_cl.evaluation.questions import Stores, base_of, dialogues, probes
 from swift_cl.evaluation.results import Scored, collect, score_grids
 from swift_cl.evaluation.routes import Routes
 from swift_cl.evaluation.scoring import GridScorer, choose_scorers, load_scorers
 from swift_cl.evaluation.servers import ServerPlan, ServerSettings, each_once, names_at, plan_servers, serve
 from swift_cl.evaluation.settings import Settings, load_settings
-from swift_cl.io import sha256_json
 from swift_cl.serving import backends
 from swift_cl.serving.backends import ServerOptions
 from swift_cl.serving.server import terminate_raises
 from swift_cl.stream.benchmark import ScorerOptions
 
-DEFAULT_BACKEND = "pt"
 ENDPOINT_BACKEND = "endpoint"
 
 
@@ -44,6 +50,8 @@ class EvalOptions:
         scorer_options: settings by scorer name, which win over the benchmark's.
         history: see `settings.HISTORIES`.
         max_tokens, temperature: override the benchmark's generation settings.
+        harness: what lm-evaluation-harness asks; None for nothing.
+        decoding: one of `constrained.DECODINGS`; None for the benchmark's.
     """
 
     grid: GridOptions = field(default_factory=GridOptions)
@@ -62,6 +70,8 @@ class EvalOptions:
     concurrency: int = 16
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     identity_check: bool = True
+    harness: HarnessOptions | None = None
+    decoding: str | None = None
 
     @property
     def backend_name(self) -> str:
@@ -90,40 +100,6 @@ def backend_of(grids: Sequence[Grid], options: EvalOptions) -> str:
             known = "" if asked is None else asked[0].backend
             return known if known.startswith(f"{options.backend_name} ") else options.backend_name
     return options.backend_name if version is None else f"{options.backend_name} {version}"
-
-
-def generation(grids: Sequence[Grid], options: EvalOptions) -> Generation:
-    """The settings of the command line, else of the benchmark, else greedy with at most 512 tokens."""
-    found = {sha256_json(dict(grid.benchmark.generation)): dict(grid.benchmark.generation) for grid in grids}
-    if len(found) > 1:
-        raise UserError("the runs' benchmarks have different generation settings; evaluate them separately")
-    return _generation(next(iter(found.values())), options)
-
-
-def generation_by_task(grids: Sequence[Grid], options: EvalOptions) -> dict[str, Generation]:
-    """The settings of tasks that have their own, which win over the benchmark's and not over the command line's."""
-    found: dict[str, Generation] = {}
-    for grid in grids:
-        for task in grid.tasks:
-            if task.generation:
-                made = _generation({**grid.benchmark.generation, **task.generation}, options)
-                if found.setdefault(task.name, made) != made:
-                    raise UserError(
-                        f"task {task.name} has different generation settings in the runs' benchmarks; evaluate them "
-                        "separately"
-                    )
-    return found
-
-
-def _generation(settings: dict[str, Any], options: EvalOptions) -> Generation:
-    defaults = Generation()
-    max_tokens = settings.pop("max_tokens", defaults.max_tokens)
-    temperature = settings.pop("temperature", defaults.temperature)
-    return Generation(
-        max_tokens if options.max_tokens is None else options.max_tokens,
-        float(temperature if options.temperature is None else options.temperature),
-        settings,
-    )
 
 
 @dataclass(frozen=True)
@@ -209,7 +185,8 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
     """Get the answers that are missing; starts no server when there are none."""
     from tqdm import tqdm
 
-    grids = [part for grid in grids for part in grid.parts]
+    check_classifiers(grids, options)
+    own, grids = grids, [part for grid in grids for part in grid.parts]
     plans = plan_servers(grids, options.merge_stages)
     if options.base_url is None:
         for plan in plans:
@@ -220,16 +197,27 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
         options.history,
         options.system,
         generation_by_task(grids, options),
+        decoding(own, options),
     )
     stores = Stores()
     routes = Routes(options.system, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
     with terminate_raises():
         routes.fill(grids, notify)
     identity = IdentityCheck(probes(grids), options.backend_name, [grid.run.dir / IDENTITY_FILE for grid in grids])
-    found_by_plan = [dialogues(plan.targets, plan.served, options.system, stores, routes.answers) for plan in plans]
+    found_by_plan = [
+        dialogues(plan.targets, plan.served, options.system, stores, routes.answers, settings.constrained)
+        for plan in plans
+    ]
     work = [
         (plan, [d for d in found if plan.holds(d.weights)]) for plan, found in zip(plans, found_by_plan, strict=True)
     ]
+    harness: Harness | None = None
+    tested: list[list[tuple[Grid, Target]]] = [[] for _ in work]
+    if options.harness is not None:
+        harness = Harness(options.harness, settings.backend, {grid.run.dir: base_of(grid, grid.base) for grid in grids})
+        tested = [harness.missing([t for t in plan.targets if plan.holds(t[1].weights)]) for plan, _ in work]
+        if any(tested):
+            options.harness.check()
     total = sum(len(dialogue.row.turns) for _, found in work for dialogue in found)
     log = journal(list(dict.fromkeys(grid.run.dir for grid in grids)), settings.backend)
     with (
@@ -242,10 +230,10 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
             with bar.external_write_mode():
                 notify(line)
 
-        for plan, found in work:
+        for (plan, found), untested in zip(work, tested, strict=True):
             pending = [dialogue for dialogue in found if not restore(dialogue, settings)]
             bar.update(sum(len(d.row.turns) for d in found) - sum(len(d.row.turns) for d in pending))
-            if not pending:
+            if not pending and not untested:
                 continue
             with _endpoint(plan, grids, options, say, record) as endpoint:
                 names = names_at(endpoint, plan, options.served_names)
@@ -267,6 +255,8 @@ def ask(grids: Sequence[Grid], options: EvalOptions, notify: Callable[[str], Non
                     for group in _base_apart(renamed, plan)
                     for failure in asker.ask_all(group, bar.update).failures
                 ]
+                if harness is not None and untested:
+                    harness.fill(endpoint.base_url, untested, names, say)
             if failures:
                 say(f"{len(failures)} questions failed, for example: {failures[0]}")
     _save_settings(grids, settings)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import RunFailure
-from swift_cl.evaluation.client import Endpoint, Generation, Message
+from swift_cl.evaluation.client import Endpoint, Generation
 from swift_cl.evaluation.faults import QuestionFailed
+from swift_cl.evaluation.pictures import Message, identified
 from swift_cl.evaluation.plan import Target
 from swift_cl.io import read_json, sha256_json, write_json
 from swift_cl.serving.adapters import is_all_zero, stage_adapter
@@ -55,7 +56,8 @@ class IdentityCheck:
 
     def __init__(self, probes: Sequence[Sequence[Message]], backend: str, files: Sequence[Path]) -> None:
         self.probes, self.files = probes, files
-        self._group = f"{backend} {sha256_json([list(probe) for probe in probes])[:16]}"
+        asked = [[identified(message) for message in probe] for probe in probes]
+        self._group = f"{backend} {sha256_json(asked)[:16]}"
         self._seen: list[tuple[Target, Fingerprint]] = []
         self._noise = SAME
 

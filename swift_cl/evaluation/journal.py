@@ -67,6 +67,7 @@ def journal(run_dirs: Sequence[Path], backend: str) -> Iterator[Journal]:
             "backend": backend,
             "servers": found.servers,
             "asked": asked,
+            "asking_seconds": round(sum(tally.seconds for tally in tallies), 1),
             "failed": sum(len(tally.failures) for tally in tallies),
             "versions": {name: _version(name) for name in PACKAGES},
         }

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from swift_cl.errors import UserError, did_you_mean
+from swift_cl.evaluation.scenarios import visible_labels
 from swift_cl.evaluation.store import AnswerStore, answer_path
 from swift_cl.serving.adapters import Adapter, Deployment, candidate_stages, run_adapters, stage_adapter, weights_id
 from swift_cl.stages import Run, Stage, load_run
 from swift_cl.stream.benchmark import Benchmark, Task, load_benchmark
+from swift_cl.stream.labels import check_answers, labels_of
 from swift_cl.stream.rows import Row
 
 BASE = "base"
@@ -72,6 +74,7 @@ class Grid:
         views: grids of further questions about the tasks, by name.
         probe: the grid of the tasks that are asked and never learned; it is not square.
         is_part: whether this is the view or the probe of another grid.
+        labels: each task's labels in a scenario of classification, else empty.
     """
 
     run: Run
@@ -83,6 +86,7 @@ class Grid:
     views: Mapping[str, "Grid"] = field(default_factory=dict)
     probe: "Grid | None" = None
     is_part: bool = False
+    labels: tuple[tuple[str, ...], ...] = ()
 
     @property
     def parts(self) -> list["Grid"]:
@@ -93,6 +97,16 @@ class Grid:
     def targets(self) -> list[Target]:
         """All rows that can be measured, the base first."""
         return [self.base, *(target for target in self.stages if target is not None)]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its stages are models with a classifier head."""
+        return self.base.deployment.model_args.get("task_type") == "seq_cls"
+
+    def visible(self, target: Target, task: Task) -> tuple[str, ...]:
+        """The labels that a row's answers to a task's questions may be; empty where any text may."""
+        stage = 0 if target.stage is None else target.stage.index + 1
+        return visible_labels(self.benchmark.scenario, self.labels, stage, self.tasks.index(task))
 
     def store(self, target: Target, task: Task) -> AnswerStore:
         """The answers of one cell."""
@@ -139,12 +153,14 @@ def load_grid(run_dir: Path, options: GridOptions) -> Grid:
     tasks = _tasks(run, benchmark, options.order)
     rows = tuple(tuple(task.test_rows()[: options.test_limit]) for task in tasks)
     base, stages = _targets(run, [task.name for task in tasks])
-    grid = Grid(run, benchmark, tasks, rows, base, stages)
+    grid = Grid(run, benchmark, tasks, rows, base, stages, labels=labels_of(benchmark, tasks, rows))
 
-    def part(others: Iterable[Task]) -> Grid:
+    def part(others: Iterable[Task], labels: tuple[tuple[str, ...], ...] = ()) -> Grid:
         own = tuple(others)
         own_rows = tuple(tuple(task.test_rows()[: options.test_limit]) for task in own)
-        return replace(grid, tasks=own, rows=own_rows, is_part=True)
+        for task, asked, known in zip(own, own_rows, labels, strict=False):
+            check_answers(task, asked, known)
+        return replace(grid, tasks=own, rows=own_rows, is_part=True, labels=labels)
 
     if benchmark.views or benchmark.probes:
         routed = next((stage for stage in stages if stage is not None and stage.choices), None)
@@ -153,7 +169,7 @@ def load_grid(run_dir: Path, options: GridOptions) -> Grid:
                 f"{run_dir}: {routed.row} chooses an adapter for each question, among those of the learned tasks; "
                 f"{path} asks views or probes as well"
             )
-    views = {name: part(view[task.name] for task in tasks) for name, view in benchmark.views.items()}
+    views = {name: part((view[task.name] for task in tasks), grid.labels) for name, view in benchmark.views.items()}
     return replace(grid, views=views, probe=part(benchmark.probes) if benchmark.probes else None)
 
 

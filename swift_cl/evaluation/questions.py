@@ -6,6 +6,8 @@ from pathlib import Path
 
 from swift_cl.errors import RunFailure
 from swift_cl.evaluation.ask import Dialogue, keys, opening
+from swift_cl.evaluation.pictures import Message
+from swift_cl.evaluation.pictures import questions as asked
 from swift_cl.evaluation.plan import Grid, Target, system_prompt
 from swift_cl.evaluation.settings import Settings
 from swift_cl.evaluation.store import AnswerStore, answer_path
@@ -45,14 +47,23 @@ def itself(grid: Grid, target: Target, task: Task, row: Row) -> tuple[Target, st
     return target, None
 
 
+def allowed(grid: Grid, target: Target, task: Task) -> tuple[str, ...]:
+    """The visible labels in an order that does not depend on the tasks' order, so that equal sets are asked alike."""
+    return tuple(sorted(grid.visible(target, task)))
+
+
 def dialogues(
     targets: Sequence[tuple[Grid, Target]],
     served: Callable[[Target], str],
     policy: str,
     stores: Callable[[Grid, Target, str], AnswerStore],
     answers: Answering = itself,
+    constrained: bool = False,
 ) -> list[Dialogue]:
     """All dialogues of a server, model by model, so that batches are of one adapter; those that runs share once.
+
+    Args:
+        constrained: whether an answer can only be a visible label.
 
     Raises:
         RunFailure: a question was not routed.
@@ -62,14 +73,15 @@ def dialogues(
         base = base_of(grid, target)
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
             store = stores(grid, target, task.name)
+            labels = allowed(grid, target, task) if constrained else ()
             for row in rows:
                 chosen = answers(grid, target, task, row)
                 if chosen is None:
                     raise RunFailure(f"{grid.run.dir}: {target.row} x {task.name}, {row.id!r} was not routed")
                 model, routed = chosen
                 system = system_prompt(policy, model, task, row)
-                key = sha256_json([model.weights, task.name, system, row.id, row.content_hash, routed])
-                found = Dialogue(served(model), model.weights, base, system, row, (), routed, task.name)
+                key = sha256_json([model.weights, task.name, system, row.id, row.content_hash, routed, labels])
+                found = Dialogue(served(model), model.weights, base, system, row, (), routed, task.name, labels)
                 merged.setdefault(key, (found, []))[1].append(store)
     ordered = sorted(merged.values(), key=lambda item: item[0].served)
     return [replace(d, stores=tuple(dict.fromkeys(own))) for d, own in ordered]
@@ -91,6 +103,7 @@ def wanted_keys(
         base: `base_of` the run's base model when it was asked (scoring needs no model, which may be elsewhere).
     """
     wanted: dict[tuple[str, int], str] = {}
+    labels = allowed(grid, target, task) if settings.constrained else ()
     below = base if target.deployment == grid.base.deployment else base_of(grid, target)
     for row in rows:
 
@@ -102,12 +115,12 @@ def wanted_keys(
         if chosen is None:
             continue
         system = system_prompt(settings.system, chosen[0], task, row)
-        dialogue = Dialogue("", chosen[0].weights, below, system, row, (), task=task.name)
+        dialogue = Dialogue("", chosen[0].weights, below, system, row, (), task=task.name, labels=labels)
         wanted.update({(row.id, turn): key for turn, key in enumerate(keys(dialogue, settings, answered))})
     return wanted
 
 
-def probes(grids: Sequence[Grid]) -> list[list[dict[str, str]]]:
+def probes(grids: Sequence[Grid]) -> list[list[Message]]:
     """The first question of the first few tasks, under the task's system prompt."""
     grid = grids[0]
     found = []
@@ -115,5 +128,5 @@ def probes(grids: Sequence[Grid]) -> list[list[dict[str, str]]]:
         row = rows[0]
         base = grid.base
         dialogue = Dialogue(base.served, base.weights, "", system_prompt("task", base, task, row), row, ())
-        found.append([*opening(dialogue), {"role": "user", "content": row.turns[0][0]}])
+        found.append([*opening(dialogue), asked(row)[0]])
     return found

@@ -10,10 +10,15 @@ results.json (schema 1) has for each scorer, beside `base`, `matrix`, `n`, `n_ba
     ceiling    new_acc: the diagonal; mtl and mtl_run: scores and name of joint training, null if none was found
     facts      what the scorer says about how it scored (encoder, signature, judge); absent if nothing
 
+In a scenario of classification `seen` has {"tasks", "rows"}: after each stage the accuracy over the tasks seen so far.
+
 A run that chooses an adapter for every question has `routing` beside `scorers`, see `routes.routing_results`.
 
 Beside `scorers` a benchmark's views give `views` {view: {scorer: the same}}, its scenario `scenario` (see `scenarios`),
 and its probes `probes` {"tasks", "scorers": {scorer: {"base", "rows", "change", "delta_g"}}}.
+
+What lm-evaluation-harness found is `harness` {"settings", "metrics": {metric: {"higher_is_better", "tasks", "base",
+"rows", "change", "delta_g"}}}, in its own units.
 
 Scores of single answers are in RUN_DIR/scores, see `score_files`.
 """
@@ -23,14 +28,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swift_cl.evaluation.floors import joint_row, results_beside, shuffled
+from swift_cl.evaluation.harness import harness_results
 from swift_cl.evaluation.metrics import Cell, Matrix, compute
 from swift_cl.evaluation.plan import Grid, Target
 from swift_cl.evaluation.questions import base_of, wanted_keys
 from swift_cl.evaluation.routes import Routes, routing_results
-from swift_cl.evaluation.scenarios import general_ability, scenario_metrics
+from swift_cl.evaluation.scenarios import general_ability, scenario_metrics, seen_accuracy
 from swift_cl.evaluation.score_files import write_scores
 from swift_cl.evaluation.scorers import Item
-from swift_cl.evaluation.scoring import PER_TASK, GridScorer, ScoredCell, facts, reference_items, score_cells
+from swift_cl.evaluation.scoring import MEAN, PER_TASK, GridScorer, ScoredCell, facts, reference_items, score_cells
 from swift_cl.evaluation.settings import load_settings
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import write_json
@@ -166,7 +172,9 @@ def collect(grid: Grid) -> tuple[dict[tuple[str, str], CellAnswers], list[str]]:
         for task, rows in zip(grid.tasks, grid.rows, strict=True):
             store = grid.store(target, task)
             wanted = None if asked is None else wanted_keys(grid, target, task, rows, store, *asked, routes.answers)
-            found = cell_answers(store, turns[task.name], _weights(grid, target, task, rows, routes), wanted)
+            labels = grid.visible(target, task)
+            own = [replace(turn, labels=labels) for turn in turns[task.name]] if labels else turns[task.name]
+            found = cell_answers(store, own, _weights(grid, target, task, rows, routes), wanted)
             cells[target.row, task.name] = found
             if not found.complete:
                 missing = found.expected - len(found.items)
@@ -223,6 +231,9 @@ def score_grid(grid: Grid, scorers: Sequence[GridScorer], backend: str) -> Score
     if routing is not None:
         results["routing"] = routing
     results |= _score_parts(grid, scorers, found, problems)
+    general = harness_results(grid)
+    if general is not None:
+        results["harness"] = general
     return Scored(results, problems)
 
 
@@ -304,6 +315,8 @@ def _score_one(
         "ceiling": {"new_acc": [row[index] for index, row in enumerate(matrix.rows)]},
         "metrics": compute(matrix, scorer.higher_is_better).as_json(),
     }
+    if grid.labels:
+        result["seen"] = seen_accuracy(matrix.rows, [[count for _, count in row] for row in rows], scorer.cell == MEAN)
     said = facts(scorer, items)
     problems = [
         f"{scorer.name}, {row} x {task}: {done[row, task].unscored} of {len(found.items)} answers have no score "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from swift_cl.errors import RunFailure
+from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.plan import Choice, Grid, Target, system_prompt
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import sha256_json
@@ -76,7 +76,16 @@ class Routes:
         return sha256_json([self._bases[grid.run.dir], target.stage.method, route, adapters])
 
     def question(self, grid: Grid, target: Target, task: Task, row: Row) -> Question:
-        """A question as its router sees it: neither the answer nor the task."""
+        """A question as its router sees it: neither the answer nor the task.
+
+        Raises:
+            UserError: it has images, which routers do not see.
+        """
+        if row.images:
+            raise UserError(
+                f"{grid.run.dir}: task {task.name!r}, {row.id!r} has images, but method {grid.run.method!r} chooses an "
+                "adapter by text; allowed: methods that answer with one adapter"
+            )
         messages = [{"role": "user", "content": row.turns[0][0]}]
         systems = {c.name: system_prompt(self._policy, c.target, task, row) for c in target.choices}
         system = None if self._policy == "none" else row.system

@@ -8,6 +8,8 @@ from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.evaluation.client import Generation
+from swift_cl.evaluation.constrained import CONSTRAINED, FREE
+from swift_cl.evaluation.pictures import Message, identified
 from swift_cl.io import read_json, sha256_json, write_json
 
 HISTORIES = ("own", "reference")
@@ -26,6 +28,7 @@ class Settings:
         backend: what generates, with its version and settings, as one text.
         history: one of `HISTORIES`.
         system: which system prompt is sent, see `plan.system_prompt`.
+        decoding: one of `constrained.DECODINGS`.
     """
 
     generation: Generation
@@ -33,15 +36,30 @@ class Settings:
     history: str = "own"
     system: str = "stage"
     by_task: Mapping[str, Generation] = field(default_factory=dict)
+    decoding: str = FREE
+
+    @property
+    def constrained(self) -> bool:
+        """Whether an answer can only be a visible label."""
+        return self.decoding == CONSTRAINED
 
     def of(self, task: str) -> Generation:
         """How answers to a task's questions are generated."""
         return self.by_task.get(task, self.generation)
 
-    def key(self, base: str, weights: str, messages: Sequence[Mapping[str, str]], task: str = "") -> str:
-        """Key of an answer: base model, adapter, all messages (system prompt and history), generation, backend."""
-        asked = [dict(message) for message in messages]
-        return sha256_json([[base, weights], asked, self.of(task).as_json(), self.backend])
+    def key(
+        self,
+        base: str,
+        weights: str,
+        messages: Sequence[Message],
+        task: str = "",
+        labels: Sequence[str] = (),
+    ) -> str:
+        """Key of an answer: base model, adapter, all messages (system prompt and history), generation, backend, and the
+        labels that it was constrained to."""
+        asked = [identified(message) for message in messages]
+        only = [sorted(labels)] if labels else []
+        return sha256_json([[base, weights], asked, self.of(task).as_json(), self.backend, *only])
 
     def continued(self, answer: str, reference: str) -> dict[str, str]:
         """The assistant's message that later turns see."""
@@ -59,6 +77,8 @@ class Settings:
         }
         if self.by_task:
             value["by_task"] = {task: generation.as_json() for task, generation in self.by_task.items()}
+        if self.constrained:
+            value["decoding"] = self.decoding
         file = settings_path(run_dir)
         if not file.is_file() or read_json(file) != value:
             write_json(file, value)
@@ -80,7 +100,8 @@ def load_settings(run_dir: Path) -> tuple[Settings, str] | None:
         raise UserError(f"{file}: not settings of schema {SETTINGS_SCHEMA}; remove the file and evaluate again")
     by_task = {task: _generation(entry) for task, entry in value.get("by_task", {}).items()}
     made = _generation(value["generation"])
-    return Settings(made, value["backend"], value["history"], value["system"], by_task), value["base"]
+    decoding = value.get("decoding", FREE)
+    return Settings(made, value["backend"], value["history"], value["system"], by_task, decoding), value["base"]
 
 
 def _generation(value: Mapping[str, Any]) -> Generation:

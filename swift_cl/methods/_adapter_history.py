@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import UserError
 from swift_cl.lazy import LazyModule
-from swift_cl.methods._adapters import TRAINED, activate, check_plain_lora, is_lora_a, load_frozen_adapter, lora_twin
+from swift_cl.methods._adapters import (
+    TRAINED,
+    activate,
+    check_plain_lora,
+    is_lora_a,
+    load_frozen_adapter,
+    lora_twin,
+    redraw,
+)
 from swift_cl.methods.base import TaskContext
 
 if TYPE_CHECKING:
@@ -45,17 +53,13 @@ class AdapterHistory:
     def load(self, ctx: TaskContext, model: Any) -> None:
         """Check the new adapter; from the second task on, add the history to the model, active and frozen."""
         check_plain_lora(self._method, ctx.parameters)
-        config = model.peft_config[TRAINED]
-        if config.rank_pattern or config.alpha_pattern:
-            raise UserError(
-                f"method '{self._method}' needs one rank and one alpha for all layers, not rank_pattern or "
-                "alpha_pattern"
-            )
+        config = one_rank(self._method, model)
         self.ranks = (config.r, config.r)
         if 0 < self._limit < config.r:
             raise UserError(f"--{self._limit_flag} is {self._limit}, allowed: 0, or at least --lora_rank ({config.r})")
         if not ctx.earlier:
             return
+        redraw(model, self._method, ctx.seed, ctx.task)
         folder = ctx.earlier[-1].weights_dir
         load_frozen_adapter(model, folder, HISTORY)
         activate(model, TRAINED, HISTORY)
@@ -66,9 +70,7 @@ class AdapterHistory:
             for name, tensor in load_file(folder / "adapter_model.safetensors").items()
         }
         old = model.peft_config[HISTORY]
-        self.gain = _scaling(old.r, old.lora_alpha, old.use_rslora) / _scaling(
-            config.r, config.lora_alpha, config.use_rslora
-        )
+        self.gain = scaling_of(vars(old)) / scaling_of(vars(config))
         self.ranks = (config.r, min(config.r + old.r, self._limit or config.r + old.r))
 
     def with_new(self, ctx: TaskContext, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
@@ -80,8 +82,7 @@ class AdapterHistory:
         for name in filter(is_lora_a, tensors):
             twin = lora_twin(name)
             new_a, new_b = (tensors[key].detach().to("cpu", torch.float32) for key in (name, twin))
-            a = torch.cat([self.pairs[name], new_a])
-            b = torch.cat([self.pairs[twin] * self.gain, new_b], dim=1)
+            a, b = stacked((self.pairs[name], self.pairs[twin] * self.gain), (new_a, new_b))
             if len(a) > self.ranks[1]:
                 a, b, error = truncated(a, b, self.ranks[1])
                 lost.append(error)
@@ -95,12 +96,56 @@ class AdapterHistory:
 
     def config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The adapter_config.json of what `with_new` gives."""
-        new, kept = self.ranks
-        if kept == new:
-            return config
-        growth = math.sqrt(kept / new) if config.get("use_rslora") else kept / new
-        alpha = config["lora_alpha"] * growth
-        return {**config, "r": kept, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+        return widened(config, self.ranks[1])
+
+
+def one_rank(method: str, model: Any) -> Any:
+    """The configuration of the trained adapter, which must have one rank and one alpha for all layers."""
+    config = model.peft_config[TRAINED]
+    if config.rank_pattern or config.alpha_pattern:
+        raise UserError(
+            f"method '{method}' needs one rank and one alpha for all layers, not rank_pattern or alpha_pattern"
+        )
+    return config
+
+
+def stacked(first: "tuple[Tensor, Tensor]", second: "tuple[Tensor, Tensor]") -> "tuple[Tensor, Tensor]":
+    """The pair (A, B) whose product is the sum of two pairs' products; its rank is the sum of theirs."""
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]], dim=1)
+
+
+def widened(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """An adapter_config.json with another rank and the same scaling."""
+    if config["r"] == rank:
+        return config
+    growth = math.sqrt(rank / config["r"]) if config.get("use_rslora") else rank / config["r"]
+    alpha = config["lora_alpha"] * growth
+    return {**config, "r": rank, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+
+
+def joined(
+    first: "Mapping[str, Tensor]", first_config: dict[str, Any], second: "Mapping[str, Tensor]", second_config: Any
+) -> "tuple[dict[str, Tensor], dict[str, Any]]":
+    """Two LoRA adapters as one that adds what both add: (tensors in the dtypes of the first, adapter_config.json).
+
+    Args:
+        first, second: tensors by name; of the same layers.
+        first_config, second_config: their adapter_config.json; the result's is the first one's, of the summed rank.
+    """
+    gain = scaling_of(second_config) / scaling_of(first_config)
+    tensors: dict[str, Tensor] = {}
+    for name in filter(is_lora_a, first):
+        twin = lora_twin(name)
+        one = (first[name].float(), first[twin].float())
+        a, b = stacked(one, (second[name].float(), second[twin].float() * gain))
+        tensors[name], tensors[twin] = a.to(first[name].dtype), b.to(first[twin].dtype)
+    return tensors, widened(first_config, first_config["r"] + second_config["r"])
+
+
+def scaling_of(config: Mapping[str, Any]) -> float:
+    """What an adapter_config.json multiplies B A with."""
+    rank = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    return float(config["lora_alpha"] / rank)
 
 
 def truncated(a: "Tensor", b: "Tensor", rank: int) -> "tuple[Tensor, Tensor, float]":
@@ -123,7 +168,3 @@ def truncated(a: "Tensor", b: "Tensor", rank: int) -> "tuple[Tensor, Tensor, flo
 def _filled(rows: "Tensor", rank: int) -> "Tensor":
     """Zero rows up to the rank, where the matrix itself is narrower."""
     return torch.cat([rows, rows.new_zeros(rank - len(rows), rows.shape[1])])
-
-
-def _scaling(rank: int, alpha: float, rank_stabilised: bool) -> float:
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)

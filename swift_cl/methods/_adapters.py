@@ -4,14 +4,15 @@ PEFT's own calls do more than that: `add_adapter` and `set_adapter` change `requ
 issue 3580), which would silently freeze what is trained or train what is history.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.errors import RunFailure, UserError
-from swift_cl.io import sha256_file
+from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._draws import Key, seed32
 from swift_cl.methods._state import check_shapes, shapes_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ else:
     torch = LazyModule("torch")
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 TRAINED = "default"
 
 
@@ -57,6 +59,40 @@ def stored_adapter(folder: Path) -> "dict[str, torch.Tensor]":
     from safetensors.torch import load_file
 
     return {name.removeprefix("base_model.model."): tensor for name, tensor in load_file(folder / ADAPTER_FILE).items()}
+
+
+def write_adapter(folder: Path, tensors: "Mapping[str, torch.Tensor]", config: Mapping[str, Any]) -> None:
+    """Write an adapter that PEFT can load, its configuration first.
+
+    Args:
+        tensors: by the names of `TaskContext.parameters`.
+        config: the content of adapter_config.json.
+    """
+    from safetensors.torch import save
+
+    write_json(folder / CONFIG_FILE, dict(config))
+    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(folder / ADAPTER_FILE) as stream:
+        stream.write(save(named, {"format": "pt"}))
+
+
+def redraw(model: Any, *key: Key) -> None:
+    """Give the trained LoRA another random start, a function of the key.
+
+    Every stage of a run has the same seed, so without this each would begin with the same A: what is to become
+    orthogonal to an earlier A would begin on top of it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    init = model.peft_config[TRAINED].init_lora_weights
+    if init is not True and init != "gaussian":
+        return  # one that is no draw, but computed from the weights
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed32(*key))
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters(TRAINED, init)
 
 
 def start_from(method: str, ctx: "TaskContext", folder: Path) -> None:

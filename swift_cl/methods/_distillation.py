@@ -1,8 +1,9 @@
-"""Kullback-Leibler divergence of a student's next-token distributions from a teacher's, over many positions.
+"""Kullback-Leibler divergence between a student's and a teacher's next-token distributions, over many positions.
 
 Imports torch: methods import this module when they run, not at their top.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 
 def divergence_sum(
-    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, top_k: int, chunk: int
+    student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, top_k: int, chunk: int, reverse: bool = False
 ) -> Tensor:
-    """sum over positions in `mask` of KL(softmax(teacher / T) || softmax(student / T)), in fp32.
+    """sum over positions in `mask` of KL(p || q), p = softmax(teacher / T), q = softmax(student / T), in fp32.
 
     The gradient has a closed form, (q - p) / T per position, and is computed in the same pass, chunk by chunk: beside
     it, three fp32 chunks of logits are alive at a time. No gradient flows into the teacher.
@@ -24,20 +25,28 @@ def divergence_sum(
         temperature: T.
         top_k: compare the teacher's k most likely tokens and one bucket of all others; 0 for the full vocabulary.
         chunk: positions at a time.
+        reverse: KL(q || p) instead, over the full vocabulary; its gradient is q (log q - log p - KL) / T.
     """
     apply: Any = _DivergenceSum.apply
-    total: Tensor = apply(student, teacher, mask, temperature, top_k, chunk)
+    compare = _reverse if reverse else _top_k if 0 < top_k < student.shape[-1] else _full
+    total: Tensor = apply(student, teacher, mask, temperature, top_k, chunk, compare)
     return total
 
 
 class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, top_k: int, chunk: int
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor,
+        temperature: float,
+        top_k: int,
+        chunk: int,
+        compare: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         gradient = torch.empty_like(student) if ctx.needs_input_grad[0] else None
-        compare = _top_k if 0 < top_k < student.shape[-1] else _full
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
             log_q = torch.log_softmax(student[part].float() / temperature, dim=-1)
@@ -54,7 +63,7 @@ class _DivergenceSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None, None
+        return gradient * grad.to(gradient.dtype), None, None, None, None, None, None
 
 
 def _full(log_q: Tensor, log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -62,6 +71,14 @@ def _full(log_q: Tensor, log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     divergence = log_p.sub_(log_q).mul_(p).sum(dim=-1)
     return divergence, log_q.exp_().sub_(p)
+
+
+def _reverse(log_q: Tensor, log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(KL(q || p) per position, its gradient with respect to z / T), in the memory of the arguments."""
+    q = log_q.exp()
+    apart = log_q.sub_(log_p)
+    divergence = (q * apart).sum(dim=-1)
+    return divergence, apart.sub_(divergence.unsqueeze(-1)).mul_(q)
 
 
 def _top_k(log_q: Tensor, log_p: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -62,13 +62,17 @@ def _last_hidden(module: Any, inputs: dict[str, Any]) -> "torch.Tensor":
 
     handle = module.get_decoder().register_forward_hook(keep)
     try:
-        options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(_innermost(module).forward).parameters:
-            options["logits_to_keep"] = 1
-        module(**inputs, **options)
+        module(**inputs, **last_logits(module, 1), use_cache=False)
     finally:
         handle.remove()
     return kept[-1]
+
+
+def last_logits(module: Any, count: int) -> dict[str, int]:
+    """What a forward must be told so that it computes the logits of the last positions alone; nothing where the model
+    cannot leave the others out."""
+    known = "logits_to_keep" in inspect.signature(_innermost(module).forward).parameters
+    return {"logits_to_keep": count} if known else {}
 
 
 def _innermost(module: Any) -> Any:

@@ -1,10 +1,14 @@
 """Forwards over prompts, in training and when routing: padded batches, a value a row, which tokens are the question."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_cl.io import sha256_json
 from swift_cl.lazy import LazyModule
+from swift_cl.methods._adapters import AdapterSwitch
 from swift_cl.methods._embeddings import _last_hidden
+from swift_cl.methods._routing import RouteContext, RouteRequest
 from swift_cl.methods.base import TaskContext, TrainingRow
 
 if TYPE_CHECKING:
@@ -14,6 +18,8 @@ else:
     torch = LazyModule("torch")
 
 Message = Mapping[str, Any]
+ROWS_AT_ONCE = 4
+"""Rows in one forward when a stage ends: not the training's batch, padding to which would change the last bits."""
 
 
 def padded(rows: Sequence[Sequence[int]], device: Any) -> "tuple[Tensor, Tensor]":
@@ -81,6 +87,42 @@ def last_token_features(model: Any, prompts: Sequence[Sequence[int]], device: An
     ids, mask = padded(prompts, device)
     hidden = _last_hidden(model, {"input_ids": ids, "attention_mask": mask})
     return hidden[torch.arange(len(ids), device=hidden.device), mask.sum(dim=1) - 1].float()
+
+
+def routed_features(
+    ctx: RouteContext, who: str, folder: Path | None, requests: Sequence[RouteRequest], at_once: int
+) -> "Tensor":
+    """`last_token_features` of questions under no stage's system prompt, [rows, width] on the CPU; a question that an
+    earlier call had is not computed again.
+
+    Args:
+        who: the method's name, for the cache.
+        folder: the adapter that looks at them; None for the untouched base model.
+        at_once: questions in one forward.
+    """
+    asked = [request.without_stage() for request in requests]
+    looks = None if folder is None else ctx.adapter_sha256(folder)
+    keys = [sha256_json([who, looks, [dict(m) for m in messages]]) for messages in asked]
+    prompts = {key: ctx.encode(messages) for key, messages in zip(keys, asked, strict=True) if key not in ctx.cache}
+    order = sorted(prompts, key=lambda key: len(prompts[key]))
+    with ctx.model_with(folder) as model:
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            rows = last_token_features(model, [prompts[key] for key in batch], ctx.device).cpu()
+            ctx.cache.update(zip(batch, rows, strict=True))
+    return torch.stack([ctx.cache[key] for key in keys])
+
+
+def task_features(ctx: TaskContext, rows: Sequence[TrainingRow]) -> "Tensor":
+    """What `routed_features` gives for the questions of training rows: the base model's, fp32 [rows, width] on the CPU;
+    every rank must call it."""
+    prompts = ctx.encode_prompts(questions_alone(rows, ctx.system))
+
+    def compute(batch: list[int]) -> "Tensor":
+        return last_token_features(ctx.module_for_forward, [prompts[i] for i in batch], ctx.device)
+
+    with AdapterSwitch(ctx.model).active():
+        return over_rows(ctx, len(prompts), ROWS_AT_ONCE, compute).cpu()
 
 
 def over_rows(ctx: TaskContext, count: int, at_once: int, compute: "Callable[[list[int]], Tensor]") -> "Tensor":

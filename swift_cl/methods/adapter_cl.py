@@ -10,7 +10,7 @@ from swift_cl.io import MethodState, sha256_json
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import start_from
 from swift_cl.methods._draws import permutation
-from swift_cl.methods._prompts import first_question, mean_nll, over_rows, span_of_question, without_text
+from swift_cl.methods._prompts import ROWS_AT_ONCE, first_question, mean_nll, over_rows, span_of_question, without_text
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest, smallest
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, setting
 
@@ -21,7 +21,6 @@ else:
     torch = LazyModule("torch")
 
 CALIBRATION_ROWS = 512
-_ROWS_AT_ONCE = 4
 _LARGEST_EXPONENT = 700.0
 
 
@@ -135,7 +134,7 @@ class AdapterCl(Method):
             model = ctx.module_for_forward
             return mean_nll(model, [prompts[i] for i in batch], [spans[i] for i in batch], ctx.device).unsqueeze(1)
 
-        values = over_rows(ctx, len(prompts), _ROWS_AT_ONCE, compute).double()
+        values = over_rows(ctx, len(prompts), ROWS_AT_ONCE, compute).double()
         own = {
             "n_rows": len(prompts),
             "nll_mean": float(values.mean()),

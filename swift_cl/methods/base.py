@@ -12,9 +12,11 @@ A method is one class with one config dataclass, in one file. The hooks, in the 
       gradients(ctx, grads)        once per optimizer step, on reduced and unscaled gradients, before clipping
       after_step(ctx)              once per applied optimizer step: averages of weights
       checkpoint_state(ctx)        with every checkpoint: what a resumed run needs (restore_checkpoint gets it back)
-    end_task(ctx)                  every rank, model still alive: the state that the next task needs
+    train_end(ctx)                 every rank, after the last step: statistics that `export` needs
     export(ctx, tensors)           rank 0: the weights that are kept, served, and continued by the next task
     export_config(ctx, config)     rank 0: the adapter_config.json that goes with them
+    export_files(ctx)              rank 0: further JSON files beside them
+    end_task(ctx)                  every rank, model still alive: the state that the next task needs
     candidates(ctx)                rank 0, for methods that choose at inference: the adapters the stage answers with
     route(ctx, requests)           only for those, in a process of its own: an adapter for each question of a batch
 
@@ -62,6 +64,25 @@ class Support:
     streaming: bool = False
     sequence_parallel: bool = True
     liger: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One of the trainings of a stage, on the same rows and in the same command.
+
+    Attributes:
+        name: unique within the stage; `ctx.phase` while it runs.
+        flags: what differs from the stage's own flags. A phase before the last may name another `cl_method` and what
+            that one needs: it is then a first stage of that method, from the base model, and gets no flag of this one.
+    """
+
+    name: str
+    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def other_method(self) -> bool:
+        """Whether it is a stage of another method."""
+        return "cl_method" in self.flags
 
 
 @dataclass
@@ -174,6 +195,10 @@ class TaskContext(Protocol):
     def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
         """Token ids of prompts as they are asked at inference: generation prompt at the end, no answer."""
 
+    @property
+    def stop_tokens(self) -> list[int]:
+        """Ids of the tokens that end an answer."""
+
     def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
 
@@ -186,8 +211,12 @@ class TaskContext(Protocol):
         """
 
     @property
-    def teacher_dir(self) -> Path | None:
-        """The adapter that `Method.teacher_stage` asked for."""
+    def phase(self) -> str:
+        """Name of the phase that runs (`Method.phases`)."""
+
+    @property
+    def phases(self) -> Mapping[str, Path]:
+        """The adapters of the phases before this one, by name."""
 
     @property
     def generated_dir(self) -> Path:
@@ -238,6 +267,8 @@ class Method:
         needs_rows: uses the rows as data (refuses streaming data sets).
         needs_logits: reads the model's logits in `loss`.
         replaces_loss: what `loss` returns is the whole loss of the micro-batch, not a term to add.
+        classifies: answers are classes, known beforehand; the flags `<name>_labels` and `<name>_scenario` say which,
+            and `swift-cl run` sets them from the benchmark.
         starts_fresh: every stage begins with a new adapter (or, fully fine-tuned, the base model), not with the weights
             of the stage before.
     """
@@ -251,6 +282,7 @@ class Method:
     needs_logits: ClassVar[bool] = False
     replaces_loss: ClassVar[bool] = False
     starts_fresh: ClassVar[bool] = False
+    classifies: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -263,13 +295,16 @@ class Method:
         """ms-swift flags that this configuration needs: set where they are not given, refused where they differ."""
         return {}
 
-    def teacher_stage(self, first_task: bool) -> Mapping[str, str] | None:
-        """Flags of a stage that is trained before this one on the same rows, from the base model; None for none.
+    def phases(self, first_task: bool) -> Sequence[Phase]:
+        """The trainings that a stage consists of; the last one is its own, whose end is the stage's.
 
-        They change this stage's own: `cl_method` and that method's flags are needed, none of this one's is passed on.
-        Its adapter is `ctx.teacher_dir`; it is deleted after the stage unless the config has a true `keep_teacher`.
+        What those before it trained is in `ctx.phases`, and is deleted after the stage unless `keeps_phases`.
         """
-        return None
+        return (Phase(""),)
+
+    def keeps_phases(self) -> bool:
+        """Whether the folders of the phases before the last stay after the stage."""
+        return False
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on. Runs on rank 0 before the model is prepared (`ctx.model` is not there yet)."""
@@ -316,6 +351,9 @@ class Method:
     def restore_checkpoint(self, ctx: TaskContext, state: MethodState) -> None:
         """Take back what `checkpoint_state` stored; called after `train_begin`."""
 
+    def train_end(self, ctx: TaskContext) -> None:
+        """Runs once the weights are final, before `export`: what is kept may depend on passes over the data."""
+
     def end_task(self, ctx: TaskContext) -> MethodState | None:
         """State for the next task. Runs on every rank; what rank 0 returns is written."""
         return None
@@ -327,6 +365,10 @@ class Method:
     def export_config(self, ctx: TaskContext, config: dict[str, Any]) -> dict[str, Any]:
         """The content of the kept adapter's adapter_config.json; unchanged by default."""
         return config
+
+    def export_files(self, ctx: TaskContext) -> dict[str, Any]:
+        """Further files beside the kept weights: JSON values by file name; none by default."""
+        return {}
 
     # --- at inference ------------------------------------------------------------------------------------------------
 

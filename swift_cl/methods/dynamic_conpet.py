@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import RunFailure, UserError
-from swift_cl.io import MethodState, atomic_write, sha256_json
+from swift_cl.io import MethodState, atomic_write
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import ADAPTER_FILE, TRAINED, AdapterSwitch, check_plain_lora
 from swift_cl.methods._draws import Key, permutation, seed32
-from swift_cl.methods._prompts import Message, last_token_features, questions_alone
+from swift_cl.methods._prompts import last_token_features, questions_alone, routed_features
 from swift_cl.methods._routing import Route, RouteContext, RouteRequest, largest
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, setting
 
@@ -182,23 +182,10 @@ class DynamicConpet(Method):
     def route(self, ctx: RouteContext, requests: Sequence[RouteRequest]) -> list[Route]:
         state, folder = ctx.state(), ctx.state_dir / SELECTOR
         weight, bias = state.tensors["head/weight"].float(), state.tensors.get("head/bias")
-        found = self._features(ctx, folder, [request.without_stage() for request in requests])
+        found = routed_features(ctx, self.name, folder, requests, self.config.route_batch)
         logits = found @ weight.T + (0.0 if bias is None else bias.float())
         scores = [dict(zip(state.meta["tasks"], row, strict=True)) for row in logits.tolist()]
         return [Route(largest(each), each) for each in scores]
-
-    def _features(self, ctx: RouteContext, folder: Path, asked: Sequence[list[Message]]) -> "Tensor":
-        """[rows, width] on the CPU; a question that an earlier call had is not computed again."""
-        selector = ctx.adapter_sha256(folder)
-        keys = [sha256_json([self.name, selector, [dict(m) for m in messages]]) for messages in asked]
-        prompts = {key: ctx.encode(messages) for key, messages in zip(keys, asked, strict=True) if key not in ctx.cache}
-        order = sorted(prompts, key=lambda key: len(prompts[key]))
-        with ctx.model_with(folder) as model:
-            for start in range(0, len(order), self.config.route_batch):
-                batch = order[start : start + self.config.route_batch]
-                rows = last_token_features(model, [prompts[key] for key in batch], ctx.device).cpu()
-                ctx.cache.update(zip(batch, rows, strict=True))
-        return torch.stack([ctx.cache[key] for key in keys])
 
 
 def grown(known: "Tensor | None", rows: int, width: int) -> "Tensor":

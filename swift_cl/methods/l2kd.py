@@ -11,7 +11,7 @@ from swift_cl.generation.protocol import in_batches
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._lamol import LamolFamily, LamolFamilyConfig
-from swift_cl.methods.base import Support, TaskContext, TrainingRow, setting
+from swift_cl.methods.base import Phase, Support, TaskContext, TrainingRow, setting
 
 if TYPE_CHECKING:
     import torch
@@ -74,29 +74,31 @@ class L2kd(LamolFamily):
         self._teacher: FrozenTeacher | None = None
         self._asked: list[bool] = []  # whether any rank has new rows, by micro-batch of the step
 
-    def teacher_stage(self, first_task: bool) -> Mapping[str, str] | None:
+    def phases(self, first_task: bool) -> Sequence[Phase]:
         """The teacher learns this task alone, from a fresh adapter, with the objective of a first LAMOL task."""
         config = self.config
         if first_task and config.first_task == "plain":
-            return None
+            return (Phase(""),)
         flags = {"cl_method": "lamol", "lamol_lambda": str(config.lambda_), "lamol_token": config.token}
         if config.teacher_epochs:
             flags["num_train_epochs"] = str(config.teacher_epochs)
-        return flags
+        return (Phase("teacher", flags), Phase(""))
+
+    def keeps_phases(self) -> bool:
+        return self.config.keep_teacher
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
-        if self.config.variant != "word" and ctx.teacher_dir is not None:
+        if self.config.variant != "word" and "teacher" in ctx.phases:
             rows = self._answered(ctx, rows)
         return super().prepare_task(ctx, rows)
 
     def _answered(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """Rows with the teacher's greedy answers; where one is cut off or empty, the given answer stays."""
-        assert ctx.teacher_dir is not None
         lengths = sorted(sum(label != -100 for label in row["labels"]) for row in ctx.encode(rows) if row)
         longest = math.ceil(1.5 * lengths[math.ceil(0.95 * len(lengths)) - 1]) if lengths else 1
         prompts = [Prompt(tuple(row["messages"][:-1])) for row in rows]
         sampling = Sampling(0.0, min(longest, self.config.max_new_tokens))
-        with ctx.engine(ctx.teacher_dir, self.config.gen_backend) as engine:
+        with ctx.engine(ctx.phases["teacher"], self.config.gen_backend) as engine:
             asked = [prompt.sha256 for prompt in prompts]
             depends_on = {"generator": dict(engine.identity), "sampling": sampling.to_json(), "prompts": asked}
             path = round_file(ctx.generated_dir / "distil", 0, depends_on)
@@ -117,10 +119,10 @@ class L2kd(LamolFamily):
         return found
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
-        if ctx.teacher_dir is not None and self.config.variant != "seq":
+        if "teacher" in ctx.phases and self.config.variant != "seq":
             from swift_cl.methods._frozen_teacher import FrozenTeacher
 
-            self._teacher = FrozenTeacher(model, ctx.teacher_dir, TEACHER)
+            self._teacher = FrozenTeacher(model, ctx.phases["teacher"], TEACHER)
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:

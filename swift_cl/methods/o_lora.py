@@ -11,6 +11,7 @@ from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapter_history import AdapterHistory
 from swift_cl.methods._adapters import is_lora_a
+from swift_cl.methods._orthogonality import FORMS, overlap
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
 
@@ -33,7 +34,7 @@ class OLoraConfig(MethodConfig):
         "squared",
         "What is small when a new A is orthogonal to the old ones: 'squared' as in the paper's objective, 'l1' as in "
         "the released code, or 'basis' (the share of each row in the old rows' span, which a small A cannot lower).",
-        ("squared", "l1", "basis"),
+        (*FORMS, "basis"),
     )
     max_rank: int = setting(
         0, "Largest rank of the kept adapter, 0 for no limit; beyond it, the best approximation of that rank is kept."
@@ -122,11 +123,9 @@ class OLora(Method):
             a: [rank, in], fp32, the new A.
             span: [in, q], C of the earlier tasks (an orthonormal basis for the form 'basis').
         """
+        if self.config.form in FORMS:
+            return overlap(a, span, self.config.form)
         products = a @ span
-        if self.config.form == "squared":
-            return products.square().sum(), 2 * products @ span.T
-        if self.config.form == "l1":
-            return products.abs().sum(), products.sign() @ span.T
         # With rows a: mean of |a Q|^2 / |a|^2; the second term takes out what only changes a row's length.
         squares = a.square().sum(dim=1, keepdim=True).clamp(min=_EPSILON)
         inside = products.square().sum(dim=1, keepdim=True) / squares

@@ -28,6 +28,7 @@ from swift_cl.report.tables import (
     references,
     routing_tables,
     scale,
+    scenario_tables,
     scorers,
 )
 from swift_cl.report.training import TrainingRecord, loss_curves, training_record
@@ -117,6 +118,7 @@ def render_html(runs: Sequence[ReportRun]) -> str:
         confidence=f"{CONFIDENCE:.0%}",
         definitions=[(METRIC_NAMES[name], NOTES[name], FORMULAS[name]) for name in SUMMARY],
         routing=routing_tables([run.results for run in runs]),
+        scenarios=scenario_tables([run.results for run in runs]),
         questions=questions,
         question_json=None if questions is None else Markup(script_json(questions)),
         version=swift_cl.__version__,

@@ -208,6 +208,11 @@ SCENARIO_NOTES = {
     "ga": "generalisation: incremental average over the questions in other words",
     "mf": "forgetting of the learned questions; positive = worse",
     "gf": "forgetting of the questions in other words; positive = worse",
+    "acc": "after the last task, mean over tasks",
+    "acc_rows": "after the last task, over all rows: large tasks count more",
+    "inc_acc": "incremental average: mean over stages of the mean over the tasks seen so far",
+    "inc_acc_rows": "the same over the rows seen so far",
+    "forgetting": "how far old tasks fell from their best; positive = worse",
 }
 
 
@@ -222,6 +227,7 @@ def scenario_tables(results: Sequence[Results]) -> list[Table]:
             rows = [[label, *(number(metrics.get(name)) for name in names)] for label, metrics in own]
             notes = tuple(f"{name}: {SCENARIO_NOTES[name]}" for name in names)
             tables.append(Table(f"scenario metrics, {scorer}", ["method", *names], rows, notes))
+        tables += _seen_tables(named, scorer)
         probed = [
             (label, entry["probes"]) for label, entry in named if scorer in entry.get("probes", {}).get("scorers", {})
         ]
@@ -229,14 +235,49 @@ def scenario_tables(results: Sequence[Results]) -> list[Table]:
             tasks = probed[0][1]["tasks"]
             rows = []
             for label, probes in probed:
-                found = probes["scorers"][scorer]
-                rows.append([label, BASE_ROW, *map(number, found["base"]), ""])
-                rows.append([label, "last", *map(number, found["rows"][-1]), ""])
-                rows.append([label, "change", *map(number, found["change"]), number(found["delta_g"])])
+                rows += _before_and_after(label, probes["scorers"][scorer])
             note = "change: last minus base, negative = worse; delta_g: its mean over the probes"
             title = f"probes (asked, never learned), {scorer}"
             tables.append(Table(title, ["method", "model", *tasks, "delta_g"], rows, (note,)))
+    return tables + harness_tables(named)
+
+
+def harness_tables(named: Sequence[tuple[str, Results]]) -> list[Table]:
+    """What lm-evaluation-harness found, a table a metric, in its own units."""
+    tables = []
+    asked = [(label, entry["harness"]["metrics"]) for label, entry in named if "harness" in entry]
+    for metric in dict.fromkeys(metric for _, metrics in asked for metric in metrics):
+        own = [(label, metrics[metric]) for label, metrics in asked if metric in metrics]
+        tasks = own[0][1]["tasks"]
+        rows = [line for label, found in own if found["tasks"] == tasks for line in _before_and_after(label, found)]
+        notes = ("the harness's own units; change: last minus base, negative = worse; delta_g: its mean",)
+        title = f"general ability (lm-evaluation-harness), {metric}"
+        tables.append(Table(title, ["method", "model", *tasks, "delta_g"], rows, notes))
     return tables
+
+
+def _before_and_after(label: str, found: dict[str, Any]) -> list[list[str]]:
+    """Three rows: the base model, the last stage, and the change with its mean."""
+    return [
+        [label, BASE_ROW, *map(number, found["base"]), ""],
+        [label, "last", *map(number, found["rows"][-1]), ""],
+        [label, "change", *map(number, found["change"]), number(found["delta_g"])],
+    ]
+
+
+def _seen_tables(named: Sequence[tuple[str, Results]], scorer: str) -> list[Table]:
+    """Accuracy over the tasks seen so far, stage by stage, where the benchmark classifies."""
+    own = [
+        (label, entry["scorers"][scorer]["seen"], entry)
+        for label, entry in named
+        if scorer in entry["scorers"] and "seen" in entry["scorers"][scorer]
+    ]
+    if not own:
+        return []
+    stages = [f"stage {number}" for number in range(1, len(own[0][2]["order"]) + 1)]
+    rows = [[label, over, *map(number, seen[over])] for label, seen, _ in own for over in ("tasks", "rows")]
+    note = "accuracy over the tasks seen so far: the mean over tasks, and that over all their rows"
+    return [Table(f"seen so far, {scorer}", ["method", "mean over", *stages], rows, (note,))]
 
 
 def legend_lines() -> list[str]:

@@ -182,9 +182,14 @@ def check_deployment(deployment: Deployment) -> None:
     shapes: dict[str, list[int]] = {}
     if folder.is_dir():
         for file in sorted(folder.glob("*.safetensors")):
-            shapes.update(tensor_shapes(file))
+            shapes.update({_layer(name): shape for name, shape in tensor_shapes(file).items()})
     for adapter in deployment.adapters:
         _check_fits(adapter, deployment.model, shapes)
+
+
+def _layer(name: str) -> str:
+    """A weight's name without the parts that files and modules of the same vision-language model order differently."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
 def _check_fits(adapter: Adapter, model: str, base: dict[str, list[int]]) -> None:
@@ -194,7 +199,7 @@ def _check_fits(adapter: Adapter, model: str, base: dict[str, list[int]]) -> Non
             if f".{key}." not in name:
                 continue
             layer = name.removeprefix("base_model.model.").split(f".{key}.")[0]
-            weight = base.get(f"{layer}.weight")
+            weight = base.get(_layer(f"{layer}.weight"))
             if base and weight is None:
                 raise UserError(f"{adapter.path}: the adapter changes {layer}, which the model {model} does not have")
             if weight is not None and len(shape) == 2 and shape[side] != weight[side]:

@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.io import read_text
 from swift_cl.stream import catalogue
-from swift_cl.stream.benchmark_file import SCENARIO_VIEWS, BenchmarkModel, ProbeModel, ViewModel
+from swift_cl.stream.benchmark_file import SCENARIO_VIEWS, BenchmarkModel, ProbeModel, ViewModel, check_classification
 from swift_cl.stream.files import mentions_images, starts_with_mark
+from swift_cl.stream.images import check_askable
 from swift_cl.stream.readers import formats, locate, parse_options, read_rows
 from swift_cl.stream.readers.messages import check_head
-from swift_cl.stream.rows import Row, check_askable
+from swift_cl.stream.rows import Row
 from swift_cl.stream.validation import explain
 
 STREAMED_HEAD = 1000
@@ -38,6 +39,7 @@ class Task:
         train_limit, test_limit: only the first so many rows.
         train_options, test_options: settings of the reader.
         generation: settings that win over the benchmark's, key by key.
+        labels: the declared labels or the file that has them, see `swift_cl.stream.labels`; empty where none are.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Task:
     train_options: Mapping[str, Any] = field(default_factory=dict)
     test_options: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] | Path = ()
 
     @property
     def is_native(self) -> bool:
@@ -91,6 +94,7 @@ class Benchmark:
         views: further questions about the tasks, by name: for each task a task `<task>@<view>` that has them.
         probes: tasks that are asked after every stage and never learned.
         scenario: which metrics of views are meant, see `swift_cl.evaluation.scenarios`.
+        decoding: `free`, or `constrained` to the labels that are visible in the scenario.
         root: the folder that the data files' names start from.
         data_source: where the data is to be had and how to lay it out, for people.
     """
@@ -108,6 +112,7 @@ class Benchmark:
     views: Mapping[str, Mapping[str, Task]] = field(default_factory=dict)
     probes: tuple[Task, ...] = ()
     scenario: str | None = None
+    decoding: str = "free"
 
     def also_asked(self, tasks: Iterable[Task]) -> list[Task]:
         """What is asked beside the tasks themselves: their views, and the probes."""
@@ -190,7 +195,9 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
             generation=entry.generation.settings(),
             train_options=train_options,
             test_options=test_options,
+            labels=root / entry.labels if isinstance(entry.labels, str) else tuple(entry.labels or ()),
         )
+    check_classification(path, model)
     views = {
         view: {
             entry.name: _view(path, root, tasks[entry.name], view, model.views, entry.views) for entry in model.tasks
@@ -220,6 +227,7 @@ def load_benchmark(path: Path, data_dir: Path | None = None) -> Benchmark:
         views,
         probes,
         model.scenario,
+        model.decoding,
     )
 
 

@@ -1,13 +1,18 @@
 """What may stand in a benchmark file: the models that check it, and that its JSON schema is made from."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from swift_cl.errors import UserError
 
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 SCENARIO_VIEWS = {"knowledge_editing": ("edit", "locality"), "instance_incremental": ("memorisation",)}
 """The views that a scenario's metrics are made of."""
+CLASSIFICATION = ("class_incremental", "task_incremental")
+"""Scenarios in which every answer is a label."""
 
 
 class GenerationModel(BaseModel):
@@ -97,6 +102,8 @@ class TaskModel(BaseModel):
         options: settings of the format for both files.
         train_options, test_options: settings of the format for one file; they win over `options`.
         views: further questions about the task, by name; they win over the benchmark's key by key.
+        labels: the task's labels, or a file with them (a JSON list, or one a line), for the scenarios of
+            classification; default: the answers of its training rows.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -114,6 +121,7 @@ class TaskModel(BaseModel):
     train_options: dict[str, Any] = {}
     test_options: dict[str, Any] = {}
     views: dict[TaskName, ViewModel] = {}
+    labels: list[str] | str | None = Field(default=None, min_length=1)
 
 
 class BenchmarkModel(BaseModel):
@@ -134,7 +142,8 @@ class BenchmarkModel(BaseModel):
         train_options, test_options: settings of the format for all training or all test files.
         views: further questions about all tasks, by name; each gives a matrix of its own.
         probes: tasks that are asked after every stage and never learned, such as general ability.
-        scenario: names the metrics that views make, see assets/formats.md.
+        scenario: names the metrics that views make, or says which labels an answer may be, see assets/formats.md.
+        decoding: whether an answer may be any text, or only a visible label (for the scenarios of classification).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -153,4 +162,22 @@ class BenchmarkModel(BaseModel):
     test_options: dict[str, Any] = {}
     views: dict[TaskName, ViewModel] = {}
     probes: list[ProbeModel] = []
-    scenario: Literal["knowledge_editing", "instance_incremental"] | None = None
+    scenario: Literal["knowledge_editing", "instance_incremental", "class_incremental", "task_incremental"] | None = (
+        None
+    )
+    decoding: Literal["free", "constrained"] = "free"
+
+
+def check_classification(path: Path, model: BenchmarkModel) -> None:
+    """Refuse settings of classification where the scenario is none.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if model.scenario in CLASSIFICATION:
+        return
+    given = next((f"task {entry.name!r}: labels" for entry in model.tasks if entry.labels is not None), None)
+    if given is None and model.decoding != "free":
+        given = f"decoding {model.decoding}"
+    if given is not None:
+        raise UserError(f"{path}: {given} needs a scenario of classification: {' or '.join(CLASSIFICATION)}")

@@ -15,6 +15,7 @@ def needed(tasks: Iterable[Task]) -> dict[Path, list[str]]:
         files = [
             *needed_files(task.train, task.file_format, task.train_options),
             *needed_files(task.test, task.file_format, task.test_options),
+            *([task.labels] if isinstance(task.labels, Path) else []),
         ]
         for file in dict.fromkeys(files):
             found.setdefault(file, []).append(task.name)

@@ -1,5 +1,6 @@
 """Images of a row: found on disk, and marked in the text where they stand."""
 
+import mimetypes
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,6 +46,26 @@ def _find(name: Any, where: str, folders: Sequence[Path]) -> str:
         looked = ", ".join(dict.fromkeys(os.path.normpath(path.parent) for path in candidates))
         raise UserError(f"{where}, {name}, was not found (looked in {looked})")
     return os.path.normpath(found)
+
+
+def image_kind(name: str) -> str | None:
+    """The media type that a file's name tells, e.g. `image/png`; None where it tells none of an image."""
+    kind, _ = mimetypes.guess_type(name)
+    return kind if kind is not None and kind.startswith("image/") else None
+
+
+def check_askable(path: Path, rows: list[Row]) -> list[Row]:
+    """Refuse test rows that the evaluator would ask otherwise than they were meant."""
+    for row in rows:
+        where = f"{path}, id {row.id!r}"
+        if row.tools is not None:
+            raise UserError(f"{where}: has tools, which the evaluator does not send")
+        if row.images and any(MARK in answer for _, answer in row.turns):
+            raise UserError(f"{where}: an image stands in an answer, but only questions can be asked with images")
+        for name in row.images:
+            if not name.startswith(ELSEWHERE) and image_kind(name) is None:
+                raise UserError(f"{where}: {name} is not named like an image (.png, .jpg, .webp, ...)")
+    return rows
 
 
 def with_images(row: Row, images: tuple[str, ...], where: str) -> Row:

@@ -110,12 +110,3 @@ def check_unique_ids(path: Path, rows: list[Row]) -> list[Row]:
             raise UserError(f"{path}, row {number}: id {row.id!r} was used by row {seen[row.id]} already")
         seen[row.id] = number
     return rows
-
-
-def check_askable(path: Path, rows: list[Row]) -> list[Row]:
-    """Refuse test rows that the evaluator would ask otherwise than they were meant: it sends text alone."""
-    for row in rows:
-        for what, present in (("images", row.images), ("tools", row.tools is not None)):
-            if present:
-                raise UserError(f"{path}, id {row.id!r}: has {what}, which the evaluator cannot send yet")
-    return rows

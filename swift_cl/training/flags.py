@@ -49,7 +49,8 @@ def check_method_flags(argv: Sequence[str]) -> type[Method] | None:
     """
     given = flag_values(argv)
     for flag, values in given.items():
-        if flag.startswith("cl_") and flag not in COMMON_FLAGS:
+        of_a_method = any(flag.startswith(f"{name}_") for name in methods())
+        if flag.startswith("cl_") and flag not in COMMON_FLAGS and not of_a_method:
             raise UserError(f"--{flag} is unknown{did_you_mean(flag, list(COMMON_FLAGS))}")
         if flag in COMMON_FLAGS and (len(values) != 1 or not values[0]):
             # An empty --cl_previous (a shell variable that is not set) must not mean "start from the base model".

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from swift_cl.methods._adapters import AdapterSwitch, load_frozen_adapter
+from swift_cl.stream.images import MARK
 
 LONGEST = 500
 """Characters of the question that are kept."""
@@ -21,9 +22,10 @@ _KEPT = "cl_kept"
 
 
 def probe_messages(rows: Sequence[Mapping[str, Any]], system: str | None) -> list[dict[str, str]]:
-    """The first question of the training rows under the stage's system prompt."""
+    """The first question of the training rows, without its images, under the stage's system prompt."""
     said = (message["content"] for row in rows[:1] for message in row["messages"] if message["role"] == "user")
-    question = next((text for text in said if isinstance(text, str) and text.strip()), FALLBACK)[:LONGEST]
+    texts = (text.replace(MARK, "") for text in said if isinstance(text, str))
+    question = next((text for text in texts if text.strip()), FALLBACK)[:LONGEST]
     head = [] if system is None else [{"role": "system", "content": system}]
     return [*head, {"role": "user", "content": question}]
 

@@ -1,5 +1,6 @@
 """Between ms-swift's data sets and the rows that methods see."""
 
+import base64
 from typing import Any
 
 from swift_cl.io import sha256_json
@@ -15,6 +16,15 @@ def _drop_none(value: Any) -> Any:
     return value
 
 
+def _image(value: Any) -> Any:
+    """The path of an image, which ms-swift's data sets hold as `{"bytes", "path"}`; its bytes as a data URL."""
+    if not isinstance(value, dict):
+        return value
+    if value.get("bytes") is None:
+        return value.get("path")
+    return "data:image;base64," + base64.b64encode(value["bytes"]).decode()
+
+
 def rows_of(dataset: Any, default_system: str | None) -> list[TrainingRow]:
     """The rows of a loaded ms-swift data set with their system prompt written out.
 
@@ -24,6 +34,8 @@ def rows_of(dataset: Any, default_system: str | None) -> list[TrainingRow]:
     rows = []
     for raw in dataset:
         row: TrainingRow = _drop_none(dict(raw))
+        if raw.get("images"):
+            row["images"] = [_image(image) for image in raw["images"]]
         row.pop("dataset", None)  # ms-swift's note of the file's path, which would tie stored rows to this machine
         messages = row["messages"]
         if not messages or messages[0]["role"] != "system":

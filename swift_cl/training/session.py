@@ -63,7 +63,8 @@ class Session:
         self.global_batch = 1
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
-        self.teacher_dir: Path | None = None
+        self.phase = ""
+        self.phases: Mapping[str, Path] = {}
         self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
@@ -129,6 +130,13 @@ class Session:
         with inference_template(self.template):
             encoded = [self.template.encode({"messages": [dict(message) for message in prompt]}) for prompt in prompts]
         return [list(row["input_ids"]) for row in encoded]
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        meta, tokenizer = self.template.template_meta, self.template.tokenizer
+        texts = [tokenizer.encode(word, add_special_tokens=False) for word in meta.stop_words if isinstance(word, str)]
+        found = {meta.stop_token_id, tokenizer.eos_token_id, *(ids[0] for ids in texts if len(ids) == 1)}
+        return sorted(found - {None})
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.trainer.data_collator(list(encoded))

@@ -23,10 +23,10 @@ from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
 from swift_cl.training.engines import open_engine
 from swift_cl.training.flags import flag_values
+from swift_cl.training.phases import Training, drop_phases, train_phases
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
 from swift_cl.training.session import Session, overrides, parameter_name
-from swift_cl.training.teacher import drop_teacher, train_teacher
 from swift_cl.training.trainer import TRAINERS
 from swift_cl.tuners.registry import settings_of, tuners
 
@@ -50,33 +50,39 @@ class CLSft(SwiftSft):
     Args:
         argv: flags as for `swift sft`, plus ours.
         shared: (base model without adapter, processor) left over by an earlier stage of the same process.
+        training: which of the trainings of a stage it is; None for a stage with all of them.
     """
 
     args_class = SftArguments
 
-    def __init__(self, argv: list[str], shared: tuple[Any, Any] | None = None) -> None:
-        # Before anything of this stage is set up: the teacher's stage is one like any other, one after the other.
-        teacher, self._shared = train_teacher(argv, shared, CLSft)
-        args, self._previous = parse_stage_arguments(argv)
+    def __init__(
+        self, argv: list[str], shared: tuple[Any, Any] | None = None, training: Training | None = None
+    ) -> None:
+        self._started = time.time()
+        # Before anything of this stage is set up: its phases are stages like any other, one after the other.
+        if training is None:
+            training, shared = train_phases(argv, shared, CLSft)
+        self._training, self._shared = training, shared
+        args, self._previous = parse_stage_arguments(training.argv)
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
-        self._started = time.time()
         distributed.start_deepspeed(args)
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
-        self.session.teacher_dir = teacher
+        self.session.phase, self.session.phases = training.phase, training.adapters
         self.session.template = self.template
         self.session.open_engine = self._open_engine
         self.session.micro_batch = args.per_device_train_batch_size
-        self.session.global_batch = (
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * distributed.launched_processes()
-        )
+        accumulation = args.training_args.gradient_accumulation_steps  # where ms-swift fills in its default
+        self.session.global_batch = args.per_device_train_batch_size * accumulation * distributed.launched_processes()
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)
 
     def _prepare_model_tokenizer(self, **kwargs: Any) -> None:
+        if self._shared is not None and not _fits(self._shared[0], self.args):
+            self._shared = None
         if self._shared is None:
             super()._prepare_model_tokenizer(**kwargs)
         else:
@@ -196,6 +202,7 @@ class CLSft(SwiftSft):
         if self.args.streaming and trainer.state.global_step == 0:
             raise UserError(self._no_rows())
         output_dir = Path(self.args.output_dir)
+        self._method.train_end(self.session)
         weights = self._save_weights(trainer, output_dir)
         probe = self._probe(trainer, output_dir / weights)
         self.session.end_task(self.args.model)
@@ -222,6 +229,7 @@ class CLSft(SwiftSft):
                     "model_type": self.args.model_type,
                     "template": self.args.template,
                     "torch_dtype": str(self.args.torch_dtype).removeprefix("torch."),
+                    **({"task_type": "seq_cls", "num_labels": str(self.args.num_labels)} if self._classifies else {}),
                 },
                 system=self.args.system,
                 seed=self.args.seed,
@@ -235,14 +243,16 @@ class CLSft(SwiftSft):
                     "processes": distributed.world()[1],
                 },
                 probe=probe,
-                route=self.session.route_record(),
+                route=self.session.route_record() if self._training.last else None,
             ).save()
         distributed.barrier()
-        drop_teacher(self.session.teacher_dir, self._method.config)
+        drop_phases(self._training, self._method)
 
     def _probe(self, trainer: Any, weights: Path) -> dict[str, Any] | None:
         """What the kept weights answer; None where others are kept than are in memory and one process does not hold
         them all."""
+        if self._classifies:
+            return None  # what is recorded are tokens
         kept: Any = nullcontext()
         if overrides(self._method, "export"):
             parameters = self.session.parameters.values()
@@ -252,6 +262,11 @@ class CLSft(SwiftSft):
         messages = probe_messages(self.session.rows, self.args.system)
         with kept, trainer.compute_loss_context_manager():
             return record_probe(trainer.model, self.template, messages, trainer.accelerator.device)
+
+    @property
+    def _classifies(self) -> bool:
+        """Whether the model has a classifier head."""
+        return bool(self.args.task_type == "seq_cls")
 
     def _base_model(self, path: Path) -> str:
         if self.args.tuner_type == "full" and self._previous is not None:
@@ -273,6 +288,8 @@ class CLSft(SwiftSft):
             else:
                 config = temporary / "adapter_config.json"
                 write_json(config, self._method.export_config(self.session, read_json(config)))
+            for name, value in self._method.export_files(self.session).items():
+                write_json(temporary / name, value)
             shutil.copy(output_dir / "args.json", temporary / "args.json")
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
@@ -297,6 +314,13 @@ def _named_as_saved(model: Any) -> dict[str, Any]:
     if isinstance(model, PeftModel):
         live = get_peft_model_state_dict(model, state_dict=live, save_embedding_layers=False)
     return live
+
+
+def _fits(model: Any, args: Any) -> bool:
+    """Whether a model that an earlier stage left over is of the kind that this stage trains."""
+    info = model.model_info
+    same_task = bool(info.task_type == args.task_type)
+    return same_task and (args.task_type != "seq_cls" or info.num_labels == args.num_labels)
 
 
 def print_all_flags() -> None:

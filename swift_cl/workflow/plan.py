@@ -1,6 +1,7 @@
 """What a run will do, as pure data: nothing here starts, writes or downloads anything."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from swift_cl.io import read_json
 from swift_cl.methods.registry import get_method, methods
 from swift_cl.stages import stage_dir_name
 from swift_cl.stream.benchmark import Benchmark, Task
+from swift_cl.stream.benchmark_file import CLASSIFICATION
+from swift_cl.stream.disk import check_on_disk
+from swift_cl.stream.labels import labels_of
 from swift_cl.training.flags import check_method_flags, flag_values
 from swift_cl.training.preflight import check_model
 from swift_cl.workflow.config import RunConfig
@@ -124,6 +128,7 @@ def _plan(config: RunConfig, benchmark: Benchmark, folder_name: str) -> RunPlan:
     method, (order,), (seed,) = str(config.method), config.orders, config.seeds
     tasks, run_dir = benchmark.order(order), Path(config.output_dir) / folder_name
     stages = []
+    classes = class_flags(method, benchmark, tasks)
     for index, task in enumerate(tasks):
         folder = run_dir / stage_dir_name(index, task.name)
         values = {
@@ -138,6 +143,7 @@ def _plan(config: RunConfig, benchmark: Benchmark, folder_name: str) -> RunPlan:
             "cl_resume": True,
             "check_model": False,
             "report_to": "none",
+            **classes,
             **config.train,
             **config.method_settings.get(method, {}),
         }
@@ -156,6 +162,25 @@ def _plan(config: RunConfig, benchmark: Benchmark, folder_name: str) -> RunPlan:
         seed,
         stages,
     )
+
+
+def class_flags(method: str, benchmark: Benchmark, tasks: Sequence[Task]) -> dict[str, Any]:
+    """The flags that tell a method its classes; none for a method that learns texts.
+
+    Raises:
+        UserError: the benchmark is no classification, or its data is missing or wrong.
+    """
+    if not get_method(method).classifies:
+        return {}
+    check_on_disk(benchmark, tasks)
+    labels = labels_of(benchmark, tasks, [task.test_rows() for task in tasks])
+    if not labels:
+        raise UserError(
+            f"{benchmark.path}: method {method!r} learns classes, which needs scenario: {' or '.join(CLASSIFICATION)}"
+        )
+    scenario = "til" if benchmark.scenario == "task_incremental" else "cil"
+    by_task = {task.name: list(own) for task, own in zip(tasks, labels, strict=True)}
+    return {f"{method}_labels": by_task, f"{method}_scenario": scenario}
 
 
 def training_file(task: Task, run_dir: Path, streaming: bool = False) -> Path:

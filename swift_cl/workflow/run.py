@@ -10,6 +10,7 @@ from swift_cl.io import write_jsonl
 from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
 from swift_cl.stream.benchmark import Benchmark, ScorerOptions, Task
 from swift_cl.stream.disk import check_on_disk
+from swift_cl.stream.labels import labels_of
 from swift_cl.stream.readers import needed_files
 from swift_cl.training.flags import flag_values
 from swift_cl.workflow import provenance
@@ -33,26 +34,36 @@ def check_rows(config: RunConfig, benchmark: Benchmark) -> dict[str, tuple[int |
     for task in also_asked:
         task.test_rows()
     counts: dict[str, tuple[int | None, int]] = {}
+    asked = []
     for task in tasks:
         if config.streaming:
             task.check_streamed()
         train = None if config.streaming else len(task.train_rows())
-        counts[task.name] = train, len(task.test_rows())
+        asked.append(task.test_rows())
+        counts[task.name] = train, len(asked[-1])
+    labels_of(benchmark, tasks, asked)
     return counts
 
 
 def check_evaluation(
-    config: RunConfig, benchmark: Benchmark, scorers: Sequence[str], scorer_options: ScorerOptions
+    config: RunConfig,
+    benchmark: Benchmark,
+    scorers: Sequence[str],
+    scorer_options: ScorerOptions,
+    decoding: str | None = None,
 ) -> None:
-    """Refuse scorers and settings of scorers that the evaluation would refuse, before anything is trained.
+    """Refuse scorers and settings that the evaluation would refuse, before anything is trained.
 
     Args:
-        scorers, scorer_options: what the flags of `swift-cl eval` say.
+        scorers, scorer_options, decoding: what the flags of `swift-cl eval` say.
     """
+    from swift_cl.evaluation.constrained import CONSTRAINED, check_labels
     from swift_cl.evaluation.scoring import check_scoring
 
     if config.mode != "train_only":
         check_scoring(benchmark, tasks_of(config, benchmark), scorers, scorer_options)
+        if decoding == CONSTRAINED:
+            check_labels(benchmark)
 
 
 def tasks_of(config: RunConfig, benchmark: Benchmark) -> list[Task]:

@@ -164,7 +164,7 @@ class MockEndpoint:
             "message": {"role": "assistant", "content": self.answer(name, body["messages"])},
         }
         if probe and self.logprobs:
-            seed = hashlib.sha256((name + body["messages"][-1]["content"]).encode()).digest()
+            seed = hashlib.sha256(f"{name}{body['messages'][-1]['content']}".encode()).digest()
             tops = [{"token": f"t{i}", "logprob": -seed[i] / 100, "bytes": None} for i in range(5)]
             choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}]}
         reply = {

@@ -1,5 +1,9 @@
 """Scores and metrics in TensorBoard: one step a stage, read back from its files."""
 
+import json
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from swift_cl.workflow.run import eval_argv
 from tests.eval.helpers import names, right
 from tests.eval.mock_endpoint import MockEndpoint
 from tests.eval.report_runs import results, scored
+from tests.support.commands import environment
 from tests.support.two_tasks import make_folder, write_config
 
 
@@ -88,3 +93,28 @@ def test_a_run_logs_where_its_training_does(
     config, benchmark = load_config(write_config(make_folder(tmp_path), train=train, eval=evaluation), [])
     argv = eval_argv(config, make_plans(config, benchmark))
     assert build_parser().parse_args(["eval", *argv]).report_to == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "suffix"), [("wandb", "WANDB_MODE", "wandb"), ("swanlab", "SWANLAB_MODE", "swanlab")]
+)
+def test_trackers_with_an_offline_mode(name: str, mode: str, suffix: str, tmp_path: Path) -> None:
+    """The names and values of every step are in the file that `wandb sync` and `swanlab sync` send.
+
+    A process of its own, for both leave threads behind.
+    """
+    pytest.importorskip(name, reason=f"{name} is not installed (pip install 'swift_cl[trackers]')")
+    values = results({"em": scored([[80.125, 30.5], [60.25, 90.75]], [10.5, 20.5])})
+    code = "import json, pathlib, sys; from swift_cl.evaluation.trackers import track; "
+    code += "track(json.loads(sys.argv[1]), pathlib.Path(sys.argv[2]), [sys.argv[3]])"
+    command = [sys.executable, "-c", code, json.dumps(values), str(tmp_path), name]
+    done = subprocess.run(
+        command, env={**environment(), f"{name.upper()}_MODE": "offline"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = (tmp_path / "trackers" / name).rglob(f"*.{name}")
+    content = file.read_bytes()
+    for tag in ("em/old", "em/new", "em/mean_so_far", "em/metrics/avg_acc", "em/metrics/forgetting"):
+        assert tag.encode() in content, tag
+    for value in (80.125, 30.5, 60.25, 90.75, 10.5, 20.5, 75.5):
+        assert str(value).encode() in content or struct.pack("<d", value) in content, value

@@ -3,7 +3,10 @@
 The adapters are random but not tiny: each of them changes what the model says, so that a mix-up shows.
 """
 
+import json
 from pathlib import Path
+
+import yaml
 
 from swift_cl.io import sha256_file
 from swift_cl.stages import Run, Stage, stage_dir_name
@@ -12,6 +15,31 @@ from swift_cl.stream.benchmark import load_benchmark
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARK = ROOT / "datasets" / "continual_news_mini" / "benchmark.yaml"
 MODEL_ARGS = {"model_type": "qwen2", "template": "qwen2_5", "torch_dtype": "float32"}
+
+
+LABELS = {
+    "2022": ["sun", "sunflower", "rain"],
+    "2023": ["a cat", "a dog"],
+    "2024": ["Sci/Tech", "red (dark)"],
+    "2025": ["yes", "no"],
+}
+"""One label is the beginning of another, some hold characters that mean something in expressions."""
+
+
+def write_classes(folder: Path) -> Path:
+    """A class-incremental benchmark with the tasks of `make_run`."""
+    tasks = []
+    for name, labels in LABELS.items():
+        rows = [
+            {"messages": [{"role": "user", "content": f"Which is it, number {number}?"},
+                          {"role": "assistant", "content": label}]}
+            for number, label in enumerate(labels)
+        ]  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+        tasks.append({"name": name, "train": f"{name}.json", "test": f"{name}.json"})
+    path = folder / "classes.yaml"
+    path.write_text(yaml.safe_dump({"name": "classes", "tasks": tasks, "scenario": "class_incremental"}))
+    return path
 
 
 def make_run(out: Path, base: Path, seed: int = 1) -> Path:

@@ -19,7 +19,7 @@ from swift_cl.evaluation.grid import EvalOptions, evaluate
 from swift_cl.evaluation.plan import GridOptions, load_grid
 from swift_cl.serving.backends import ServerOptions, command
 from swift_cl.serving.server import Server, reserve_port
-from tests.integration.serving_run import MODEL_ARGS, ROOT, make_run
+from tests.integration.serving_run import MODEL_ARGS, ROOT, make_run, write_classes
 
 pytestmark = pytest.mark.slow
 SETTINGS = Generation(max_tokens=12)
@@ -113,6 +113,27 @@ def test_evaluate_the_whole_grid(run):
     files = [run / "answers" / target.row / "2022.jsonl" for target in load_grid(run, GridOptions()).targets]
     said = {tuple(json.loads(line)["answer"] for line in file.read_text().splitlines()) for file in files}
     assert len(said) > 1
+
+
+def test_constrained_answers_are_visible_labels(run, tmp_path):
+    """Free answers are no labels here; constrained ones are, and they differ."""
+    asked = EvalOptions(GridOptions(write_classes(tmp_path)), scorers=("exact_match",), max_tokens=16)
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("answers", "logs", "results.json"))
+    said = {}
+    for decoding in ("free", "constrained"):
+        found = evaluate([copy], replace(asked, decoding=decoding), notify=print)
+        assert found.complete
+        grid = load_grid(copy, asked.grid)
+        said[decoding] = {
+            (target.row, task.name, row["id"]): (row["answer"], grid.visible(target, task))
+            for target in grid.targets
+            for task in grid.tasks
+            for row in grid.store(target, task).rows()
+        }
+    assert not any(answer in labels for answer, labels in said["free"].values())
+    assert all(answer in labels for answer, labels in said["constrained"].values())
+    assert len({answer for answer, _ in said["constrained"].values()}) > 1
+    assert found.results[0]["scorers"]["exact_match"]["seen"]["rows"][-1] is not None
 
 
 def test_sigterm_to_the_command_leaves_nothing(run):

@@ -14,7 +14,7 @@ from swift_cl.evaluation.grid import EvalOptions, evaluate
 from swift_cl.evaluation.plan import GridOptions, load_grid
 from swift_cl.evaluation.servers import ServerSettings
 from swift_cl.serving.backends import ServerOptions
-from tests.integration.serving_run import make_run
+from tests.integration.serving_run import make_run, write_classes
 
 PYTHON = os.environ.get("SWIFT_CL_VLLM_PYTHON")
 pytestmark = [
@@ -79,6 +79,18 @@ def test_vllm_answers_as_pt_does(runs: list[Path], served: dict[tuple[str, ...],
     pt = copies(runs, tmp_path)
     assert evaluate(pt, COMMON, notify=print).complete
     assert equal_share(served, answers(pt)) >= 0.95
+
+
+def test_constrained_answers_are_visible_labels(runs: list[Path], tmp_path: Path) -> None:
+    """As under pt, where a label is made of its own tokens; here any tokens may spell it, so the two can differ."""
+    asked = replace(options("vllm"), grid=GridOptions(write_classes(tmp_path)), decoding="constrained")
+    (run,) = copies(runs[:1], tmp_path)
+    assert evaluate([run], asked, notify=print).complete
+    grid = load_grid(run, asked.grid)
+    visible = {(t.row, task.name): grid.visible(t, task) for t in grid.targets for task in grid.tasks}
+    said = answers([run])
+    assert all(answer in visible[row, task] for (_, row, task, *_), answer in said.items())
+    assert len(set(said.values())) > 1
 
 
 def test_offline_answers_as_the_server_does(

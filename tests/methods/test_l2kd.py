@@ -7,7 +7,8 @@ import torch
 
 from swift_cl.errors import UserError
 from swift_cl.methods.l2kd import L2kd, L2kdConfig
-from swift_cl.training.teacher import teacher_argv
+from swift_cl.training.flags import config_from_flags, flag_values
+from swift_cl.training.phases import phase_argv
 from tests.methods.test_lamol_kd import CHANNELS, batch, moved
 from tests.methods.test_lwf_teacher import Quiet
 from tests.support.fake_context import FakeContext
@@ -38,7 +39,7 @@ def taught_stage(folder, **settings):
     stage_adapter(folder)
     model = continued(folder)
     ctx = Quiet(model, task="t1", earlier=["t0"], folder=folder)
-    ctx.teacher_dir = folder / "t0" / "adapter"
+    ctx.phases = {"teacher": folder / "t0" / "adapter"}
     method = l2kd(**settings)
     method.prepare_model(ctx, model)
     method.train_begin(ctx)
@@ -115,9 +116,12 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
     first.prepare_task(ctx, kind_rows("old", 20))
     state = first.end_task(ctx)
     ctx = Labelled(task="now", earlier=["old"], state=state, folder=tmp_path / "2")
-    ctx.teacher_dir = tmp_path / "teacher"
+    ctx.phases = {"teacher": tmp_path / "teacher"}
     ctx.engines = Engines(
-        {ctx.teacher_dir: FakeEngine(teacher, "teacher"), ctx.earlier[0].weights_dir: FakeEngine(previous, "previous")}
+        {
+            ctx.phases["teacher"]: FakeEngine(teacher, "teacher"),
+            ctx.earlier[0].weights_dir: FakeEngine(previous, "previous"),
+        }
     )
     rows = kind_rows("now", 10)
     mixed = l2kd(variant=variant).prepare_task(ctx, rows)
@@ -127,7 +131,7 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
     assert answers == expected
     assert [row["messages"][2]["content"] for row in mixed if row["channel"] == "pseudo/qa"] == ["old answer"] * 2
     assert next(row for row in mixed if row["channel"] == "new/lm")["messages"][2]["content"].endswith("T: now thing 0")
-    (asked,) = ctx.engines.engines[ctx.teacher_dir].calls
+    (asked,) = ctx.engines.engines[ctx.phases["teacher"]].calls
     assert asked[1].temperature == 0
     assert asked[1].max_new_tokens == 3  # 1.5 x the 2 tokens of an answer
     assert ctx.notices[0].startswith("2 of 10 rows keep their given answer")
@@ -136,10 +140,17 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
 
 def test_word_needs_no_answers_of_the_teacher(tmp_path):
     ctx = KeptText(task="now", folder=tmp_path)
-    ctx.teacher_dir = tmp_path / "teacher"
+    ctx.phases = {"teacher": tmp_path / "teacher"}
     rows = kind_rows("now", 10)
     mixed = l2kd().prepare_task(ctx, rows)
     assert [row["messages"] for row in mixed[:10]] == [row["messages"] for row in rows]
+
+
+def teacher_argv(argv):
+    """(flags, folder) of the teacher's stage, None where there is none."""
+    given = flag_values(argv)
+    *before, _own = L2kd(config_from_flags(L2kd, given)).phases("cl_previous" not in given)
+    return phase_argv(L2kd, before[0], given) if before else None
 
 
 def test_flags_of_the_teachers_stage(tmp_path):
@@ -157,7 +168,6 @@ def test_flags_of_the_teachers_stage(tmp_path):
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", learning_rate=1.0))[1] != folder
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", l2kd_first_task="plain")) is None
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", l2kd_first_task="plain")) is not None
-    assert teacher_argv(stage_argv("seq", "now", tmp_path / "2")) is None
 
 
 @pytest.mark.slow

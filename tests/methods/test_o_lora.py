@@ -201,10 +201,10 @@ def two_stages(tmp_path: Path, alpha: int = 4, **settings: Any) -> tuple[Any, OL
     save_stage(tmp_path / "t0" / "adapter", method, ctx, model)
     state = method.end_task(ctx)
     model = peft_model(alpha=alpha)
-    set_pair(model, [0.0, 1.0, 1.0], [0.0, 1.0])
     ctx = PeftContext(model, earlier=["t0"], state=state, folder=tmp_path)
     method = OLora(OLoraConfig(**settings))
     assert method.prepare_model(ctx, model) is model
+    set_pair(model, [0.0, 1.0, 1.0], [0.0, 1.0])
     return model, method, ctx
 
 
@@ -219,6 +219,27 @@ def test_t4_history_and_new_pair_equal_the_combined_file(tmp_path: Path) -> None
     assert (config["r"], config["lora_alpha"]) == (2, 8)
     served: Any = PeftModel.from_pretrained(base_model(), str(tmp_path / "t1" / "adapter"))
     assert served(x)[0].tolist() == [8.0, 8.0]  # with alpha left at 4 it would be 4, 4
+
+
+def test_a_new_pair_does_not_begin_on_top_of_an_old_one(tmp_path: Path) -> None:
+    """Every stage has the run's seed, so PEFT gives each the same first A: here that of the first task."""
+    first = peft_model()
+    ctx, method = PeftContext(first), OLora(OLoraConfig())
+    method.prepare_model(ctx, first)
+    a = ctx.parameters[A].detach().clone()
+    save_stage(tmp_path / "t0" / "adapter", method, ctx, first)
+    begun = []
+    for task in ("now", "now", "later"):
+        model = peft_model()
+        ctx = PeftContext(model, task=task, earlier=["t0"], folder=tmp_path)
+        with torch.no_grad():
+            ctx.parameters[A].copy_(a)
+        OLora(OLoraConfig()).prepare_model(ctx, model)
+        assert not ctx.parameters[B].any()
+        begun.append(ctx.parameters[A].detach().clone())
+    assert not torch.allclose(begun[0], a)
+    assert torch.equal(begun[0], begun[1])
+    assert not torch.allclose(begun[0], begun[2])
 
 
 def test_another_alpha_is_folded_into_the_history(tmp_path: Path) -> None:

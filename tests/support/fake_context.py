@@ -77,8 +77,10 @@ class FakeContext:
         self.rows: list[TrainingRow] = []
         self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
         self.channels: list[str | None] | None = None
+        self.stop_tokens = [0]
         self.engines: Engines | None = None
-        self.teacher_dir: Path | None = None
+        self.phase = ""
+        self.phases: dict[str, Path] = {}
         self.generated_dir = folder / "generated"
 
     def engine(self, weights: Path | None, backend: str) -> Any:

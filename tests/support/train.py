@@ -8,6 +8,8 @@ from tests.conftest import ROOT
 
 MODEL = ROOT / "assets" / "tiny_base"
 NEWS = ROOT / "datasets" / "continual_news_mini"
+CLASSES = ROOT / "tests" / "data" / "classes"
+"""Classification tasks of the same names."""
 TASKS = ("2022", "2023")
 
 FLAGS: dict[str, Any] = {
@@ -36,6 +38,7 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "replay": {"replay_ratio": 0.5},
     "gem": {"gem_mem_batch": 4},
     "moe_lora": {"moe_lora_num_experts": 2},
+    "cl_moe": {"moe_lora_num_experts": 4, "cl_moe_count_rows": 8},
     "i_lora": {"i_lora_lambda": 0.9, "i_lora_mem_ratio": 1.0},
     # The tiny model continues no lists, so nothing usable is generated; test_generated_rows.py has one that does.
     "ssr": {
@@ -55,6 +58,8 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "l2kd": {"l2kd_first_task": "plain", "l2kd_max_new_tokens": 24, "l2kd_max_rounds": 1, "l2kd_min_fill": 0.0},
     "lamol_kd": {"lamol_kd_max_new_tokens": 24, "lamol_kd_max_rounds": 1, "lamol_kd_min_fill": 0.0},
     "pcll": {"pcll_z_dim": 8, "pcll_max_new_tokens": 24, "pcll_max_rounds": 1, "pcll_min_fill": 0.0},
+    "seq_star": {"seq_star_labels": str(CLASSES / "labels.json")},
+    "sdft": {"sdft_max_new_tokens": 6},
     "lfpt5": {
         "lfpt5_prompt_length": 5,
         "lfpt5_task_type": "news",
@@ -65,18 +70,22 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task, or is kept in another form than it is trained in.
-MORE_THAN_THE_TASK = ("l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt")
+MORE_THAN_THE_TASK = (
+    *("abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt", "sdft", "seq_star"),
+)
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
 
 def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
     """Flags of one small stage; `changes` win, None leaves a flag out."""
+    from swift_cl.methods.registry import get_method
     from swift_cl.workflow.plan import flags
 
+    data = CLASSES / f"{task}.json" if get_method(method).classifies else NEWS / f"{task}-train.json"
     values = {
         "model": str(MODEL),
-        "dataset": str(NEWS / f"{task}-train.json"),
+        "dataset": str(data),
         "output_dir": str(output_dir),
         "system": f"News of {task}.",
         "cl_method": method,

@@ -1,6 +1,7 @@
 """Benchmarks by name: each loads, its orders are those of the reference documents, and missing data is named."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +305,70 @@ class TestOptionsOfABenchmark:
             f"{tmp_path}/benchmark.yaml: task 'a': options of format 'zsre': 'spilt' is unknown, "
             "allowed: task, tasks, split, prompt; did you mean 'split'?"
         )
+
+
+class TestLongBenchmarks:
+    """LNT and the long orders of CL_Benchmark, all 15 tasks."""
+
+    @pytest.fixture(params=[("LNT", "order1"), ("LNT", "order3"), ("long_cl", "order4")], ids=" ".join)
+    def previewed(self, request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+        """A run file, its data of a few rows on disk in the benchmark's own format, and the order's tasks."""
+        name, order = request.param
+        benchmark, data = load(name), tmp_path / "data"
+        for number, task in enumerate(benchmark.tasks.values()):
+            for file, rows in ((task.train, 2 + number), (task.test, 1 + number)):
+                path = data / file.relative_to(benchmark.root)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if name == "LNT":
+                    value: Any = [
+                        {"instruction": f"{task.name} {i}?", "input": "", "output": "yes"} for i in range(rows)
+                    ]
+                else:
+                    value = [{"sentence": f"{task.name} {i}", "label": "yes"} for i in range(rows)]
+                    (path.parent / "labels.json").write_text(json.dumps(["yes", "no"]))
+                path.write_text(json.dumps(value))
+        if name == "long_cl":
+            groups = {task.train.parts[-3] for task in benchmark.tasks.values()}
+            instructions = {group: [{"instruction_type": "zero-shot", "instruction": "Choose.\n"}] for group in groups}
+            (data / "instruction_config.json").write_text(json.dumps(instructions))
+        make_model(tmp_path / "base")
+        values = {"benchmark": name, "order": order, "data_dir": "data", "model": "base", "output_dir": "runs"}
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**values, "train": {"num_train_epochs": 2, "per_device_train_batch_size": 4}}))
+        return path, benchmark, benchmark.orders[order]
+
+    def test_the_whole_plan_is_printed(self, previewed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        path, benchmark, order = previewed
+        with pytest.raises(SystemExit) as stopped:
+            main(["run", str(path), "--preview"])
+        assert stopped.value.code == 0
+        out = capsys.readouterr().out
+        found = re.findall(
+            r"^# stage (\d+) of 15, (.+?): (\d+) training rows, about \d+ steps of 16; (\d+) test rows; (.*)$",
+            out,
+            re.MULTILINE,
+        )
+        places = {task: number for number, task in enumerate(benchmark.tasks)}
+        assert [(int(k), task, int(train), int(test)) for k, task, train, test, _ in found] == [
+            (k, task, 2 + places[task], 1 + places[task]) for k, task in enumerate(order, 1)
+        ]
+        assert len([line for line in out.splitlines() if line.startswith("swift-cl sft ")]) == 15
+        assert not (path.parent / "runs").exists()
+
+    def test_what_is_missing_is_named_before_anything_starts(
+        self, previewed: Any, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path, benchmark, order = previewed
+        gone = [benchmark.tasks[order[4]].train, benchmark.tasks[order[9]].test]
+        gone = [path.parent / "data" / file.relative_to(benchmark.root) for file in gone]
+        for file in gone:
+            file.unlink()
+        for argv in (["--preview"], []):
+            with pytest.raises(SystemExit) as stopped:
+                main(["run", str(path), *argv])
+            assert stopped.value.code == 2
+            error = capsys.readouterr().err
+            assert all(f"{file}: data file not found" in error for file in gone)
+            assert error.count("data file not found") == 2
+            assert f"where to get the data of {benchmark.name}: " in error
+        assert not (path.parent / "runs").exists()

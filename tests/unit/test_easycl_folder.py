@@ -114,7 +114,7 @@ def test_missing_dataset_info(folder: Path) -> None:
     assert refusal(folder) == f"{folder / 'dataset_info.json'}: file not found"
 
 
-def test_test_rows_with_images_are_refused_as_long_as_they_cannot_be_sent(folder: Path) -> None:
+def test_test_rows_keep_their_images(folder: Path) -> None:
     shutil.copy(folder / "shapes" / "shapes_train.json", folder / "shapes" / "shapes_test.json")
-    with pytest.raises(UserError, match=r"id 'shapes_test-0': has images, which the evaluator cannot send yet"):
-        load_benchmark(folder).tasks["shapes"].test_rows()
+    image = str(folder / "shapes" / "images" / "red.png")
+    assert [row.images for row in load_benchmark(folder).tasks["shapes"].test_rows()] == [(image,), (image,), ()]

@@ -95,10 +95,22 @@ ALLOWED = {
     "training": {"methods", "tuners", "stream", "generation"},
     "serving": {"methods", "tuners", "stream"},
     "evaluation": {"stream", "serving"},
+    "probing": {"methods", "stream", "serving", "evaluation"},
     "report": {"evaluation"},
     "doctor": {"training"},
     "workflow": {"methods", "tuners", "stream", "training", "serving", "evaluation", "report"},
-    "cli": {"methods", "tuners", "stream", "training", "serving", "evaluation", "report", "workflow", "doctor"},
+    "cli": {
+        "methods",
+        "tuners",
+        "stream",
+        "training",
+        "serving",
+        "evaluation",
+        "probing",
+        "report",
+        "workflow",
+        "doctor",
+    },
 }
 
 

@@ -36,3 +36,10 @@ def test_hash_sees_content_and_order() -> None:
     assert hash_of_rows([one, two]) == hash_of_rows([dict(one), dict(two)])
     assert hash_of_rows([one, two]) != hash_of_rows([two, one])
     assert hash_of_rows([one]) != hash_of_rows([one, one])
+
+
+def test_images_are_names_that_a_file_can_hold() -> None:
+    """ms-swift's data sets hold each image as a mapping, which its template does not take without its empty half."""
+    images = [{"bytes": None, "path": "/a.png"}, {"bytes": b"\x89P", "path": None}, "b.png"]
+    (row,) = rows_of([{"messages": [USER, ASSISTANT], "images": images}], "s")
+    assert row["images"] == ["/a.png", "data:image;base64,iVA=", "b.png"]

@@ -41,6 +41,7 @@ class Item:
     Attributes:
         system: the system prompt of the data row, or else of its task.
         id, turn: which sample of the task's test data, and which of its turns (from 0).
+        labels: in a scenario of classification the labels that were visible to the stage, else empty.
     """
 
     answer: str
@@ -50,6 +51,7 @@ class Item:
     system: str | None = None
     id: str = ""
     turn: int = 0
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

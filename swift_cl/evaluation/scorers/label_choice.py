@@ -9,7 +9,8 @@ punctuation and articles removed (an article stays where a label is one, such as
    the answer's; with none or several the answer is unmatched, which is wrong, not missing.
 
 `labels` names the task's labels: a list, or a mapping from each label to other ways to write it. Without it they are
-the distinct references of the task's test data. A reference that is no label leaves its answer without a score.
+those that the benchmark's scenario makes visible, else the distinct references of the task's test data. A reference
+that is no label leaves its answer without a score.
 """
 
 import re
@@ -107,14 +108,15 @@ class LabelChoice:
 
     def score_items(self, items: Sequence[Item]) -> list[Score]:
         """100 or 0 for each item."""
-        sets: dict[str, LabelSet] = {}
-        for task in {item.task for item in items}:
-            sets[task] = self._given or _from_references([item.reference for item in items if item.task == task])
-        return [_one(item, sets[item.task]) for item in items]
+        sets: dict[tuple[str, tuple[str, ...]], LabelSet] = {}
+        for task, labels in {(item.task, item.labels) for item in items}:
+            references = [item.reference for item in items if item.task == task]
+            sets[task, labels] = self._given or _from_texts(labels or references)
+        return [_one(item, sets[item.task, item.labels]) for item in items]
 
 
-def _from_references(references: Sequence[str]) -> LabelSet:
-    """The distinct references as labels; those that read the same are one."""
+def _from_texts(references: Sequence[str]) -> LabelSet:
+    """The distinct texts as labels; those that read the same are one."""
     groups: dict[str, list[str]] = {}
     distinct = sorted({reference for reference in references if reference.strip()})
     kept = _articles(distinct)

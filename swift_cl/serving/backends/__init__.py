@@ -1,5 +1,6 @@
 """One file a backend: `ENGINES` names the distributions that can generate for it, `check(...)` refuses what it cannot
-serve, `arguments(...)` gives its flags.
+serve, `arguments(...)` gives its flags. `CONSTRAINS` says that its server holds answers to given labels, `CLASSIFIES`
+that it serves models with a classifier head (default: no).
 
 A server runs ms-swift's deploy pipeline in one process, started by file path, so that an interpreter without swift_cl
 (`--server_python`) can run it too.
@@ -81,6 +82,20 @@ def is_offline(name: str) -> bool:
     return bool(getattr(_module(name), "IS_OFFLINE", False))
 
 
+def check_constrained(name: str) -> None:
+    """Refuse a backend whose answers cannot be held to labels.
+
+    Raises:
+        UserError: it is one.
+    """
+    if not getattr(_module(name), "CONSTRAINS", False):
+        able = ", ".join(other for other in names() if getattr(_module(other), "CONSTRAINS", False))
+        raise UserError(
+            f"--infer_backend {name} cannot constrain answers to labels (ms-swift hands none to it); use {able}, or "
+            "--decoding free"
+        )
+
+
 def identity(options: ServerOptions) -> str:
     """What generates, as one text: engine and version, ms-swift's version, flags that were passed on. Part of every
     answer's key; a backend without HTTP generates as the one with it does, so both have the same."""
@@ -118,6 +133,8 @@ def command(
     backend = _module(options.backend)
     packages = installed(options.python)
     _check_swift(packages, options.python)
+    if deployment.model_args.get("task_type") == "seq_cls" and not getattr(backend, "CLASSIFIES", False):
+        raise UserError(f"--infer_backend {options.backend} does not serve classifier heads here; use pt")
     backend.check(deployment, packages, options)
     script = ROUTED if route_run is not None else OFFLINE if is_offline(options.backend) else SERVER
     argv = [options.python, str(script), "--model", deployment.model, "--served_model_name"]

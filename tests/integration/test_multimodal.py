@@ -1,0 +1,78 @@
+"""Tasks with images: every method trains on them or refuses them, and the evaluator really shows the pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from swift_cl.errors import UserError
+from swift_cl.methods._generating import GenerationConfig
+from swift_cl.methods.registry import methods
+from swift_cl.stages import load_stage
+from tests.support.commands import run_swift_cl
+from tests.support.seeing_base import FLAGS as SEEING
+from tests.support.seeing_base import seeing_base, write_pictures
+from tests.support.train import FLAGS, adapter, train_stage
+
+pytestmark = pytest.mark.slow
+
+SHORT = {**SEEING, "max_steps": 2, "per_device_train_batch_size": 8, "lora_dropout": 0.0, "save_steps": 100}
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untrained model, and two tasks that ask about a picture's colour in different words."""
+    folder = tmp_path_factory.mktemp("shown")
+    seeing_base(folder / "base")
+    for name in ("colour", "paint"):
+        write_pictures(folder, f"{name}-train", name, (0, 6, 12, 18))
+        write_pictures(folder, f"{name}-test", name, (3, 15))
+    return folder
+
+
+def data(shown: Path, task: str) -> dict[str, Any]:
+    return {"model": str(shown / "base"), "dataset": str(shown / f"{task}-train.json"), "system": None, **SHORT}
+
+
+def refuses(method: str) -> bool:
+    """Methods that generate text, and those that classify it."""
+    found = methods()[method]
+    return method == "sdft" or issubclass(found.config_class, GenerationConfig) or found.classifies
+
+
+@pytest.mark.parametrize("method", sorted(name for name in methods() if not refuses(name)))
+def test_every_method_trains_on_pictures(method: str, shown: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "1", tmp_path / "2"
+    train_stage(method, "colour", first, **data(shown, "colour"))
+    train_stage(method, "paint", second, first, **data(shown, "paint"))
+    assert load_stage(second).weights_dir.is_dir()
+    one, two = adapter(first), adapter(second)
+    assert any(name not in one or not torch.equal(one[name], two[name]) for name in two)
+
+
+@pytest.mark.parametrize("method", sorted(filter(refuses, methods())))
+def test_methods_of_text_alone_refuse_pictures(method: str, shown: Path, tmp_path: Path) -> None:
+    does = "classifies" if methods()[method].classifies else "generates"
+    with pytest.raises(UserError, match=rf"^method '{method}' {does} text, but row 0 of task 'colour' has images$"):
+        train_stage(method, "colour", tmp_path / "1", **data(shown, "colour"))
+
+
+def test_two_tasks_are_learned_and_asked_with_their_pictures(shown: Path) -> None:
+    """All rows of a task ask the same words, so that only a model that is shown the picture can be right each time."""
+    tasks = [{"name": t, "train": f"{t}-train.json", "test": f"{t}-test.json"} for t in ("colour", "paint")]
+    (shown / "benchmark.yaml").write_text(yaml.safe_dump({"name": "pictures", "tasks": tasks}))
+    train = {**FLAGS, **SEEING, "max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
+    train |= {"lora_rank": 8, "lora_dropout": 0.0, "save_steps": 1000, "logging_steps": 20}
+    del train["add_version"]
+    config = {
+        "benchmark": "benchmark.yaml", "model": str(shown / "base"), "output_dir": "runs", "method": ["seq"],
+        "train": train, "eval": {"infer_backend": "pt", "scorer": ["exact_match"], "max_tokens": 8},
+    }  # fmt: skip
+    (shown / "run.yaml").write_text(yaml.safe_dump(config))
+    run_swift_cl("run", str(shown / "run.yaml"))
+    found = json.loads((shown / "runs" / "seq" / "results.json").read_text())["scorers"]["exact_match"]
+    assert found["base"] == [0, 0]
+    assert found["metrics"]["new_acc"] > 80, "four colours: one answer for all of them gives 25"
