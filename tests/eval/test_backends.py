@@ -52,6 +52,13 @@ def test_pt_command(make_run, packages):
     assert all(len(name.split("=")[0].rsplit("-", 1)[1]) == 8 for name in adapters)
 
 
+@pytest.mark.parametrize(("kind", "batch"), [("PROMPT_TUNING", 1), ("P_TUNING", 1), ("PREFIX_TUNING", 1), ("LORA", 7)])
+def test_prompts_of_peft_are_answered_one_at_a_time(make_run, packages, kind, batch):
+    """Their rows depend on the padding of their batch."""
+    _, text = flags(make_run(peft_type=kind), "pt", max_batch_size=7)
+    assert f"--max_batch_size {batch}" in text
+
+
 @pytest.mark.parametrize(("rank", "allowed"), [(2, 8), (8, 8), (9, 16), (64, 64), (100, 128)])
 def test_vllm_rank_is_read_from_the_adapters(make_run, packages, rank, allowed):
     _, text = flags(make_run(r=rank), "vllm")

@@ -32,6 +32,8 @@ from tests.support.train import (
 
 pytestmark = pytest.mark.slow
 METHODS = sorted(methods())
+KEEP_A_RECORD = ("lwf", "prog_prompt")
+"""Methods whose state is for people to read: the next task needs the adapter alone."""
 
 
 def own_flags(method: str) -> dict[str, str]:
@@ -270,7 +272,7 @@ def be_anothers(state: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [lose, be_newer, be_anothers])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in KEEP_A_RECORD])
 def test_a_past_that_does_not_fit_is_refused(
     work: Path, tmp_path: Path, method: str, damage: Callable[[Path], None]
 ) -> None:
@@ -294,7 +296,7 @@ def test_another_base_model_is_refused(work: Path, tmp_path: Path, method: str) 
     other = shutil.copytree(MODEL, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
-    with pytest.raises(UserError, match=rf"^--cl_previous {first}: trained on base model .*, but --model is {other}"):
+    with pytest.raises(UserError, match=rf": trained on base model .*, but --model is {other}$"):
         train_stage(method, TASKS[1], tmp_path / "2", first, model=str(other))
 
 

@@ -12,6 +12,8 @@ from swift_cl.tuners.registry import tuner_of_type
 NAME = "pt"
 ENGINES = ("transformers",)
 CLASSIFIES = CONSTRAINS = True
+ALONE = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+"""PEFT puts these prompts in front of a row's padding, so that what a row is answered would depend on its batch."""
 TUNERS = "SWIFT_CL_TUNERS"
 """Tells the worker to import our tuners, which it does without otherwise."""
 
@@ -38,4 +40,5 @@ def arguments(deployment: Deployment, packages: Mapping[str, str], options: Serv
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) - 1))}
     if any(_is_ours(adapter) for adapter in deployment.adapters):
         env[TUNERS] = "1"
-    return Command(["--infer_backend", "transformers", "--max_batch_size", str(options.max_batch_size)], env)
+    batch = 1 if any(adapter.peft_type in ALONE for adapter in deployment.adapters) else options.max_batch_size
+    return Command(["--infer_backend", "transformers", "--max_batch_size", str(batch)], env)
