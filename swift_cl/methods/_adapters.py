@@ -13,6 +13,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._draws import Key, seed32
+from swift_cl.methods._routing import Candidate
 from swift_cl.methods._state import check_shapes, shapes_of
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ else:
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 TRAINED = "default"
+SERVED = "served"
+"""Folder of the adapters that a stage writes anew for its earlier tasks, below its state."""
 
 
 def is_peft(model: Any) -> bool:
@@ -74,6 +77,13 @@ def write_adapter(folder: Path, tensors: "Mapping[str, torch.Tensor]", config: M
     named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(folder / ADAPTER_FILE) as stream:
         stream.write(save(named, {"format": "pt"}))
+
+
+def rewritten_candidates(ctx: "TaskContext") -> list[Candidate]:
+    """A candidate a task: what this stage wrote anew for the earlier ones, and the adapter that it keeps."""
+    served = ctx.this_stage.state_dir / SERVED
+    old = [Candidate(stage.task, (stage.task,), served / stage.task) for stage in ctx.earlier]
+    return [*old, Candidate(ctx.task, (ctx.task,), ctx.this_stage.weights_dir)]
 
 
 def redraw(model: Any, *key: Key) -> None:

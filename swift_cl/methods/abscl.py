@@ -13,12 +13,14 @@ from swift_cl.methods._adapter_history import joined, one_rank, widened
 from swift_cl.methods._adapters import (
     ADAPTER_FILE,
     CONFIG_FILE,
+    SERVED,
     TRAINED,
     activate,
     check_plain_lora,
     is_lora_a,
     load_frozen_adapter,
     redraw,
+    rewritten_candidates,
     stored_adapter,
     write_adapter,
 )
@@ -47,7 +49,7 @@ else:
     torch = LazyModule("torch")
 
 SHARED, DOMAIN, WARMUP = "shared", "domain", "warmup"
-REPLAY, SERVED, FIXED = "replay", "served", "cl_fixed"
+REPLAY, FIXED = "replay", "cl_fixed"
 
 
 @dataclass
@@ -292,9 +294,7 @@ class Abscl(Method):
         return self.config.route == "oracle"
 
     def candidates(self, ctx: TaskContext) -> list[Candidate]:
-        served = ctx.this_stage.state_dir / SERVED
-        old = [Candidate(stage.task, (stage.task,), served / stage.task) for stage in ctx.earlier]
-        return [*old, Candidate(ctx.task, (ctx.task,), ctx.this_stage.weights_dir)]
+        return rewritten_candidates(ctx)
 
     def route(self, ctx: RouteContext, requests: Sequence[RouteRequest]) -> list[Route]:
         state = ctx.state()

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.io import MethodState, read_json
 from swift_cl.lazy import LazyModule
-from swift_cl.methods._adapters import CONFIG_FILE, TRAINED, stored_adapter, write_adapter
+from swift_cl.methods._adapters import (
+    CONFIG_FILE,
+    SERVED,
+    TRAINED,
+    rewritten_candidates,
+    stored_adapter,
+    write_adapter,
+)
 from swift_cl.methods._draws import permutation, seed32
 from swift_cl.methods._embeddings import _last_hidden
 from swift_cl.methods._prompts import ROWS_AT_ONCE, over_rows, routed_features, task_features
@@ -21,7 +28,6 @@ else:
     torch = LazyModule("torch")
 
 A, B, ROUTER, GATE = ".moelora_A.", ".moelora_B.", ".moelora_router.", ".moelora_task."
-SERVED = "served"
 
 
 @dataclass
@@ -174,9 +180,7 @@ class ClMoe(Method):
 
     def candidates(self, ctx: TaskContext) -> list[Candidate]:
         """The kept adapter with the gate of each task."""
-        served = ctx.this_stage.state_dir / SERVED
-        old = [Candidate(stage.task, (stage.task,), served / stage.task) for stage in ctx.earlier]
-        return [*old, Candidate(ctx.task, (ctx.task,), ctx.this_stage.weights_dir)]
+        return rewritten_candidates(ctx)
 
     def route(self, ctx: RouteContext, requests: Sequence[RouteRequest]) -> list[Route]:
         known = unpack(ctx.state().tensors, "centres")
