@@ -90,7 +90,7 @@ def copy_into(parameter: "nn.Parameter", value: "Tensor") -> None:
         if not is_partitioned(parameter):
             parameter.copy_(value)
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             if world()[0] == 0:

@@ -2,7 +2,7 @@
 # All tests that need no GPU: sets up what they need, then style, types, scripts and pytest.
 #
 #   sh tests/run.sh [flags of pytest]      e.g. sh tests/run.sh tests/unit -q
-#   sh tests/run.sh --distributed          every method under every engine, two processes (an hour); nothing else
+#   sh tests/run.sh --distributed          every method under every engine, two processes (half an hour); nothing else
 #
 # Every part runs, whatever the others say; the exit code is not 0 if one failed. Settings: PYTHON and TORCH (see
 # train/environment.sh), OMP_NUM_THREADS (default 2: many small processes), SWIFT_CL_VLLM_PYTHON (a Python with vLLM and
