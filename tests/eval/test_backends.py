@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,8 +56,11 @@ def test_pt_command(make_run, packages):
 @pytest.mark.parametrize(("kind", "batch"), [("PROMPT_TUNING", 1), ("P_TUNING", 1), ("PREFIX_TUNING", 1), ("LORA", 7)])
 def test_prompts_of_peft_are_answered_one_at_a_time(make_run, packages, kind, batch):
     """Their rows depend on the padding of their batch."""
-    _, text = flags(make_run(peft_type=kind), "pt", max_batch_size=7)
+    run = make_run(peft_type=kind)
+    _, text = flags(run, "pt", max_batch_size=7)
     assert f"--max_batch_size {batch}" in text
+    alone = replace(deployment(run), adapters=())
+    assert "--max_batch_size 7" in " ".join(command(alone, ServerOptions("pt", max_batch_size=7), "127.0.0.1", 1).argv)
 
 
 @pytest.mark.parametrize(("rank", "allowed"), [(2, 8), (8, 8), (9, 16), (64, 64), (100, 128)])
