@@ -188,7 +188,7 @@ def check_deployment(deployment: Deployment) -> None:
 
 
 def _layer(name: str) -> str:
-    """A weight's name without the part that files and modules of the same vision-language model have in other places."""
+    """A weight's name without the part that files and modules of a vision-language model have in other places."""
     return ".".join(part for part in name.split(".") if part != "model")
 
 
