@@ -25,6 +25,7 @@ HOST = "127.0.0.1"
 LOG_LINES = 20
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.25
+PORT_TAKEN = re.compile(rb"address already in use", re.IGNORECASE)
 PORT_LINE = re.compile(rb"^swift-cl server port (\d+)$", re.MULTILINE)
 """What our worker prints: ms-swift may take another port than the one it was told."""
 
@@ -90,9 +91,9 @@ class Server:
         start_seconds: float = 900.0,
         notify: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.port = reserve_port(port, host)
         self.host = host
-        self.command = make_command(host, self.port)
+        self._make_command, self._any_port = make_command, port is None
+        self._choose_port(port)
         self.names, self.log, self.start_seconds, self.notify = names, log, start_seconds, notify
         self.ready_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
@@ -108,11 +109,26 @@ class Server:
         self._signals.enter_context(terminate_raises())
         try:
             self._start()
-            self._wait_until_ready()
+            try:
+                self._wait_until_ready()
+            except UserError:
+                # While it loaded, a connection of somebody's was given the port that was free when it was chosen.
+                if not self._any_port or not PORT_TAKEN.search(self.log.read_bytes()):
+                    raise
+                self.notify(f"port {self.port} was taken while the server loaded; it starts again on another")
+                assert self._process is not None
+                end_group(self._process)
+                self._choose_port(None)
+                self._start()
+                self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
         return self
+
+    def _choose_port(self, port: int | None) -> None:
+        self.port = reserve_port(port, self.host)
+        self.command = self._make_command(self.host, self.port)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -2,7 +2,8 @@
 
 Modes: good (lists the names), child (good, and starts a child that ignores SIGTERM and starts two more: one in the
 group, one in a session of its own), dies (prints and ends), silent (never listens), partial (lists the first name
-only), stubborn (good, ignores SIGTERM), moved (good, but on another port than the one asked for, as ms-swift does).
+only), stubborn (good, ignores SIGTERM), moved (good, but on another port than the one asked for, as ms-swift does),
+taken=FILE (somebody has the port when it is to be opened; good once FILE, which it makes, is there).
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 mode, host, port, *names = sys.argv[1:]
 print(f"fake server, mode {mode}", flush=True)
@@ -22,6 +24,14 @@ print(f"swift-cl server port {port}", flush=True)
 if mode == "dies":
     print("RuntimeError: the adapter does not fit", flush=True)
     sys.exit(3)
+if mode.startswith("taken="):
+    marker = Path(mode.removeprefix("taken="))
+    if not marker.exists():
+        marker.touch()
+        print(
+            f"ERROR:    [Errno 98] error while attempting to bind on address ('{host}', {port}): address already in use"
+        )
+        sys.exit(3)
 if mode in ("child", "stubborn"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if mode == "child":

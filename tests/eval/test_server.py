@@ -70,6 +70,18 @@ def test_the_real_port_is_read_back(tmp_path):
     assert f"the server listens on {server.port}" in lines[1]
 
 
+def test_a_port_that_was_taken_while_it_loaded_is_given_up(tmp_path):
+    lines = []
+    mode = f"taken={tmp_path / 'taken'}"
+    with make(tmp_path, mode, notify=lines.append) as server:
+        assert server_module.served_names(server.base_url) == NAMES
+    assert "was taken while the server loaded; it starts again on another" in lines[1]
+    (tmp_path / "taken").unlink()
+    wanted = reserve_port(None, "127.0.0.1")
+    with pytest.raises(UserError, match="address already in use"), make(tmp_path, mode, port=wanted):
+        pass  # the port that the user asked for is not replaced
+
+
 def test_an_error_inside_stops_it(tmp_path):
     groups = []
 

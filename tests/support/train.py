@@ -79,10 +79,11 @@ NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
 
 def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> list[str]:
     """Flags of one small stage; `changes` win, None leaves a flag out."""
-    from swift_cl.methods.registry import get_method
+    from swift_cl.methods.registry import methods
     from swift_cl.workflow.plan import flags
 
-    data = CLASSES / f"{task}.json" if get_method(method).classifies else NEWS / f"{task}-train.json"
+    known = methods().get(method)  # None for a plug-in that is installed in another process only
+    data = CLASSES / f"{task}.json" if known is not None and known.classifies else NEWS / f"{task}-train.json"
     values = {
         "model": str(MODEL),
         "dataset": str(data),
