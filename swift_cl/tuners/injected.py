@@ -1,7 +1,8 @@
 """Base classes of tuners that wrap modules of the model: one layer class, one model class, one config class a tuner.
 
-A layer has its weights in `nn.ModuleDict`s by adapter name, named in `adapter_layer_names`, and says in `added` what an
-adapter adds to the output. Several adapters, switching, calls with a name a row and the base model are done here.
+A layer has its weights in `nn.ModuleDict`s by adapter name, named in `adapter_layer_names`. An `AddingLayer` says in
+`added` what an adapter adds to the output; several adapters, switching, calls with a name a row and the base model are
+done here.
 """
 
 from abc import abstractmethod
@@ -45,15 +46,6 @@ class InjectedLayer(nn.Module, BaseTunerLayer):
     def set_up(self, adapter_name: str, config: Any) -> None:
         """Fill in the further settings of a new adapter."""
 
-    @abstractmethod
-    def added(self, x: Tensor, result: Tensor, adapter_name: str) -> Tensor:
-        """What one adapter adds to the output.
-
-        Args:
-            x: input of the wrapped module.
-            result: its output; not to be changed in place.
-        """
-
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter."""
         peft: Any = self  # PEFT's half of the class, which has no types
@@ -66,6 +58,27 @@ class InjectedLayer(nn.Module, BaseTunerLayer):
     def has(self, adapter_name: str) -> bool:
         """Whether this layer has weights of an adapter."""
         return adapter_name in getattr(self, self.adapter_layer_names[0])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: what the adapter adds is no product of one matrix with the input."""
+        raise ValueError(f"an adapter of {type(self).__name__} cannot be merged: what it adds depends on the input")
+
+    def unmerge(self) -> None:
+        """Refused, as `merge`."""
+        raise ValueError(f"an adapter of {type(self).__name__} is never merged")
+
+
+class AddingLayer(InjectedLayer):
+    """Adds something to the output of the module that it wraps: `added`, of every active adapter."""
+
+    @abstractmethod
+    def added(self, x: Tensor, result: Tensor, adapter_name: str) -> Tensor:
+        """What one adapter adds to the output.
+
+        Args:
+            x: input of the wrapped module.
+            result: its output; not to be changed in place.
+        """
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         peft: Any = self
@@ -85,14 +98,6 @@ class InjectedLayer(nn.Module, BaseTunerLayer):
             rows = torch.tensor([row for row, wanted in enumerate(adapter_names) if wanted == name], device=x.device)
             result = result.index_add(0, rows, self.added(x[rows], result[rows], name).to(dtype))
         return result
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: what the adapter adds is no product of one matrix with the input."""
-        raise ValueError(f"an adapter of {type(self).__name__} cannot be merged: what it adds depends on the input")
-
-    def unmerge(self) -> None:
-        """Refused, as `merge`."""
-        raise ValueError(f"an adapter of {type(self).__name__} is never merged")
 
 
 class InjectedModel(BaseTuner):

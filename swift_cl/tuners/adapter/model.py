@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from swift_cl.tuners.adapter import PEFT_TYPE
-from swift_cl.tuners.injected import InjectedLayer, InjectedModel, checked
+from swift_cl.tuners.injected import AddingLayer, InjectedModel, checked
 from swift_cl.tuners.peft_types import add_member
 
 PREFIX = "houlsby_"
@@ -44,7 +44,7 @@ class HoulsbyConfig(PeftConfig):
             raise ValueError(f"init is {self.init!r}, allowed: zero, xavier")
 
 
-class HoulsbyLayer(InjectedLayer):
+class HoulsbyLayer(AddingLayer):
     """Wraps one MLP."""
 
     adapter_layer_names = ("houlsby_down", "houlsby_up")

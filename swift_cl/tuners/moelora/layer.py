@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swift_cl.tuners.injected import InjectedLayer
+from swift_cl.tuners.injected import AddingLayer
 
 PREFIX = "moelora_"
 
@@ -29,7 +29,7 @@ class TaskGate(nn.Module):
         return shares
 
 
-class MoELoRALayer(InjectedLayer):
+class MoELoRALayer(AddingLayer):
     """Wraps one linear layer."""
 
     adapter_layer_names = ("moelora_A", "moelora_B", "moelora_router", "moelora_task")

@@ -88,9 +88,6 @@ class SoftPromptLayer(InjectedLayer):
     def new_parts(self, config: Any) -> dict[str, nn.Module]:
         return {"soft_prompt_of": Prompt(config)}
 
-    def added(self, x: Tensor, result: Tensor, adapter_name: str) -> Tensor:
-        raise NotImplementedError("a prompt adds positions, not values")
-
     def _prompt(self, adapter_names: list[str] | None) -> Tensor | None:
         """The rows to put in; None for the base model."""
         peft: Any = self
@@ -105,7 +102,7 @@ class SoftPromptLayer(InjectedLayer):
         prompt: Tensor | None = self.soft_prompt_of[found[0]]() if found else None
         return prompt
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
