@@ -26,6 +26,9 @@ def entry_points(monkeypatch: pytest.MonkeyPatch, *entries: EntryPoint) -> None:
     def with_ours(**selection: str) -> list[EntryPoint]:
         return list(entries) if selection.get("group") == registry.ENTRY_POINT_GROUP else list(original(**selection))
 
+    import peft  # noqa: F401 -- what it imports lists entry points of its own, in other forms
+    import swift.pipelines  # noqa: F401
+
     monkeypatch.setattr(importlib.metadata, "entry_points", with_ours)
     tuners.cache_clear()
 
