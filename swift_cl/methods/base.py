@@ -183,6 +183,15 @@ class TaskContext(Protocol):
     @property
     def module_for_forward(self) -> Any: ...
 
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        """Gradients of a scalar that came out of `module_for_forward`, of this rank alone; None where unused.
+
+        Every rank must call it equally often: several engines exchange weights in a backward too.
+        """
+
+    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """A forward of `module_for_forward` without gradients, with full `weights` in place of the trained ones."""
+
     def weights(self) -> "dict[str, Tensor]":
         """Full fp32 weights of the trained parameters; may alias the live ones, so never write to them."""
 

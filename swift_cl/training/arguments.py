@@ -140,8 +140,6 @@ def check_support(args: Any, method: Method) -> None:
     for flag, wrong in refused.items():
         if wrong:
             raise UserError(f"--{flag} does not work with method '{name}'")
-    if getattr(args, "fsdp", None):
-        raise UserError(f"--fsdp does not work with method '{name}'; use DDP or DeepSpeed")
     if args.task_type not in TRAINERS:
         raise UserError(f"--task_type {args.task_type} does not work with --cl_method, allowed: {', '.join(TRAINERS)}")
     if args.cached_dataset:
