@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.engine import Engine, GradientView
-from swift_cl.distributed.fsdp import FsdpEngine, start_fsdp
+from swift_cl.distributed.fsdp import FsdpEngine, loaded_whole, start_fsdp
 from swift_cl.distributed.plain import PlainEngine
 from swift_cl.distributed.processes import all_reduce_sum, barrier, launched_processes, world
-from swift_cl.distributed.tensors import copy_into, full_tensor, is_partitioned
+from swift_cl.distributed.tensors import copy_into, full_tensor, is_partitioned, plain_name
 from swift_cl.distributed.zero import DeepSpeedEngine, start_deepspeed
+from swift_cl.errors import RunFailure
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,7 +27,9 @@ __all__ = [
     "full_tensor",
     "is_partitioned",
     "launched_processes",
+    "loaded_whole",
     "make_engine",
+    "plain_name",
     "start_deepspeed",
     "start_fsdp",
     "world",
@@ -39,6 +42,8 @@ def make_engine(trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> Engin
         return DeepSpeedEngine(trainer, parameters)
     if getattr(trainer.accelerator, "is_fsdp2", False):
         return FsdpEngine(trainer, parameters)
+    if trainer.args.fsdp:
+        raise RunFailure(f"--fsdp: accelerate does not shard the model ({trainer.accelerator.distributed_type})")
     return PlainEngine(trainer, parameters)
 
 

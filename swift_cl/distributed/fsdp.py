@@ -3,6 +3,8 @@
 Clipping and the optimizer come after that, so gradients are seen at the same moment as without an engine.
 """
 
+import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ else:
     from swift_cl.lazy import LazyModule
 
     torch = LazyModule("torch")
+
+USED = "ACCELERATE_USE_FSDP"
+"""Environment variable that ms-swift sets; transformers and it load models differently then."""
 
 
 class FsdpEngine(PlainEngine):
@@ -105,8 +110,7 @@ def start_fsdp(args: Any) -> None:
 
 
 def _fsdp_on_cpu(training: Any) -> None:
-    """Make FSDP2 what accelerate prepares models for; by itself it does so on accelerators only, and CPU processes would
-    train by DDP unnoticed.
+    """Make FSDP2 what accelerate prepares models for: by itself it trains CPU processes by DDP, and does not say so.
 
     It keeps the kind of training in a state that all its objects share and that the next stage's arguments reset; the
     Trainer's own `Accelerator` finds it there.
@@ -120,3 +124,14 @@ def _fsdp_on_cpu(training: Any) -> None:
         plugin.set_mixed_precision(state.mixed_precision)
     state.fsdp_plugin = plugin
     state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+
+
+@contextlib.contextmanager
+def loaded_whole() -> "Iterator[None]":
+    """Load models as without FSDP2 while the block runs: with all their weights, on the device of training."""
+    before = os.environ.pop(USED, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[USED] = before

@@ -13,6 +13,11 @@ else:
     torch = LazyModule("torch")
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name without what engines put around modules (the last one is FSDP2's checkpointing)."""
+    return name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
+
+
 def full_shape(parameter: "nn.Parameter") -> "torch.Size":
     # A parameter that ZeRO-3 has partitioned is empty and keeps its real shape in ds_shape.
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)

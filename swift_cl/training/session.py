@@ -27,9 +27,7 @@ logger = logging.getLogger("swift_cl")
 
 def parameter_name(name: str) -> str:
     """A name without wrapper prefixes and adapter name, the same under every engine and in every stage."""
-    for prefix in ("module.", "base_model.model."):
-        name = name.removeprefix(prefix)
-    return name.replace(".default.", ".").replace("_checkpoint_wrapped_module.", "")
+    return distributed.plain_name(name).removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def earlier_tasks(previous: Stage | None) -> list[EarlierTask]:
