@@ -1,6 +1,6 @@
 """What a method sees of an engine: gradients of a step, full weights, a module for extra forwards."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swift_cl.distributed.tensors import full_shape, full_size
@@ -32,6 +32,28 @@ class Engine(Protocol):
     @property
     def module(self) -> Any:
         """The unwrapped module for extra forwards."""
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        """See `swift_cl.methods.base.TaskContext.gradients_of`."""
+
+    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """See `swift_cl.methods.base.TaskContext.forward_with`."""
+
+
+class OwnForwards:
+    """Extra forwards where a module's parameters in a forward are those that it has outside of it."""
+
+    module: Any
+    _parameters: "Mapping[str, nn.Parameter]"
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        return torch.autograd.grad(total, [self._parameters[name] for name in names], allow_unused=True)
+
+    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        live = {parameter: name for name, parameter in self.module.named_parameters()}
+        swapped = {live[self._parameters[name]]: weight for name, weight in weights.items()}
+        with torch.no_grad():
+            return torch.func.functional_call(self.module, swapped, (), dict(inputs))
 
 
 class GradientView:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.engine import GradientView
+from swift_cl.distributed.engine import GradientView, OwnForwards
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ else:
     torch = LazyModule("torch")
 
 
-class PlainEngine:
+class PlainEngine(OwnForwards):
     """One process, or DDP."""
 
     def __init__(self, trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> None:
@@ -39,22 +39,28 @@ class PlainEngine:
         scale = self._loss_scale()
 
         def read(parameter: "nn.Parameter") -> "Tensor":
-            if parameter.grad is None:
-                return torch.zeros_like(parameter, dtype=torch.float32)
-            gradient = parameter.grad.detach().float()
+            gradient = self._gradient(parameter)
             return gradient if scale == 1.0 else gradient / scale
 
         def write(parameter: "nn.Parameter", value: "Tensor") -> None:
-            value = value if scale == 1.0 else value * scale
-            if parameter.grad is None:
-                parameter.grad = value.to(parameter.dtype).clone()
-            elif parameter.grad is not value:
-                parameter.grad.copy_(value)
+            self._set_gradient(parameter, value if scale == 1.0 else value * scale)
 
         view = GradientView(self._parameters, read, write)
         if scale != 1.0 and not all(bool(torch.isfinite(view[name]).all()) for name in view.names):
             return  # fp16 overflow: the scaler skips this step, and a projection of infinities would be noise
         self._on_gradients(view)
+
+    def _gradient(self, parameter: "nn.Parameter") -> "Tensor":
+        """The full gradient in fp32."""
+        if parameter.grad is None:
+            return torch.zeros_like(parameter, dtype=torch.float32)
+        return parameter.grad.detach().float()
+
+    def _set_gradient(self, parameter: "nn.Parameter", value: "Tensor") -> None:
+        if parameter.grad is None:
+            parameter.grad = value.to(parameter.dtype).clone()
+        elif parameter.grad is not value:
+            parameter.grad.copy_(value)
 
     def step_ended(self) -> None:
         if self._after_step is not None and not self._trainer.accelerator.optimizer_step_was_skipped:

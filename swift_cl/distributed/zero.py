@@ -5,7 +5,7 @@ engine.step, at an accumulation boundary, through deepspeed's safe_* functions.
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.engine import GradientView
+from swift_cl.distributed.engine import GradientView, OwnForwards
 from swift_cl.distributed.processes import launched_processes
 from swift_cl.distributed.tensors import full_shape
 
@@ -18,7 +18,7 @@ else:
     torch = LazyModule("torch")
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(OwnForwards):
     """ZeRO stages 0 to 3, through deepspeed's safe_* functions inside a wrapped engine.step."""
 
     def __init__(self, trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> None:

@@ -51,6 +51,7 @@ class Support:
         any_tuner: whether it works with every other tuner of `swift-cl ls tuners` too (it sees data only).
         deepspeed: ZeRO stages.
         zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
+        fsdp, full_fsdp: FSDP2 (`--fsdp fsdp2`) with adapters, and in full fine-tuning.
         packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
     """
 
@@ -59,6 +60,8 @@ class Support:
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
     full_deepspeed: tuple[int, ...] = (0, 1, 2, 3)
     zero0_low_precision: bool = True
+    fsdp: bool = True
+    full_fsdp: bool = True
     packing: bool = True
     quantized: bool = True
     streaming: bool = False
@@ -182,6 +185,15 @@ class TaskContext(Protocol):
 
     @property
     def module_for_forward(self) -> Any: ...
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        """Gradients of a scalar that came out of `module_for_forward`, of this rank alone; None where unused.
+
+        Every rank must call it equally often: several engines exchange weights in a backward too.
+        """
+
+    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """A forward of `module_for_forward` without gradients, with full `weights` in place of the trained ones."""
 
     def weights(self) -> "dict[str, Tensor]":
         """Full fp32 weights of the trained parameters; may alias the live ones, so never write to them."""

@@ -217,10 +217,9 @@ class Gem(Method):
             return
         self._gradients = []  # frees the old ones first: there may be (t - 1) x parameters of them
         sizes = [grads[name].numel() for name in grads.names]
-        parameters = [ctx.parameters[name] for name in grads.names]
         for task, rows in self._memories.items():
             batch = memory_batch(rows, self.config.mem_batch, ctx.world_size, self.config.seed, ctx.step, task)
-            self._gradients.append(memory_gradient(ctx, batch, parameters, sizes, current))
+            self._gradients.append(memory_gradient(ctx, batch, grads.names, sizes, current))
         self._computed_at = since
 
 
@@ -232,7 +231,7 @@ def memory_batch(rows: list[MemoryRow], size: int, world_size: int, seed: int, s
 
 
 def memory_gradient(
-    ctx: TaskContext, batch: Sequence[MemoryRow], parameters: Sequence[Any], sizes: Sequence[int], like: "Tensor"
+    ctx: TaskContext, batch: Sequence[MemoryRow], names: Sequence[str], sizes: Sequence[int], like: "Tensor"
 ) -> "Tensor":
     """Gradient of the token-mean cross-entropy over `batch`, each rank computing its part; flat, fp32."""
     mine = batch[ctx.rank :: ctx.world_size]
@@ -252,7 +251,7 @@ def memory_gradient(
             summed = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum"
             )
-            total += _flat(torch.autograd.grad(summed, parameters, allow_unused=True), sizes, like)
+            total += _flat(ctx.gradients_of(summed, names), sizes, like)
     return ctx.all_reduce_sum(total) / sum(row.tokens for row in batch)
 
 

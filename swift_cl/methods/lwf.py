@@ -101,12 +101,12 @@ class Lwf(Method):
                 self._adapters = [TEACHER]
             self._switch = AdapterSwitch(model)
         else:
-            self._frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            self._frozen = {name: p.detach().clone() for name, p in ctx.parameters.items()}
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
         if self._frozen:
-            live = dict(ctx.module_for_forward.named_parameters())
+            live = ctx.parameters
             self._frozen = {name: t.to(live[name].device, live[name].dtype) for name, t in self._frozen.items()}
             size = sum(t.numel() * t.element_size() for t in self._frozen.values())
             ctx.notice(f"full fine-tuning: the teacher takes {size / 2**30:.3g} GiB more")
@@ -194,13 +194,13 @@ class Lwf(Method):
 
     def _teacher_logits(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> "Tensor":
         """The previous model's logits for exactly the student's inputs, so that positions match by construction."""
-        module, given = ctx.module_for_forward, _without_labels(inputs)
+        given = _without_labels(inputs)
         with torch.no_grad(), ctx.statistics_mode():
             if self._switch is None:
-                logits: Tensor = torch.func.functional_call(module, self._frozen, (), given).logits
+                logits: Tensor = ctx.forward_with(self._frozen, given).logits
             else:
                 with self._switch.active(*self._adapters):
-                    logits = module(**given).logits
+                    logits = ctx.module_for_forward(**given).logits
         return logits
 
     def checkpoint_state(self, ctx: TaskContext) -> MethodState | None:

@@ -95,7 +95,6 @@ class Sdft(Method):
     def __init__(self, config: SdftConfig) -> None:
         super().__init__(config)
         self._average: dict[str, Tensor] = {}  # fp32, by name of the trained parameter
-        self._live_names: dict[str, str] = {}
         self._switch: AdapterSwitch | None = None
         self._waiting: list[tuple[list[list[int]], list[list[int]]]] = []  # of the coming micro-batches
         self._window_count: Tensor | None = None
@@ -121,8 +120,6 @@ class Sdft(Method):
             self._switch = AdapterSwitch(ctx.model)
         if self.config.teacher == "ema":
             self._average = {name: weight.clone() for name, weight in ctx.weights().items()}
-            live = {parameter: name for name, parameter in ctx.module_for_forward.named_parameters()}
-            self._live_names = {name: live[parameter] for name, parameter in ctx.parameters.items()}
 
     def after_step(self, ctx: TaskContext) -> None:
         if self._average:
@@ -152,8 +149,8 @@ class Sdft(Method):
                 with self._switch.active():
                     logits = module(**given).logits
             elif self._average:
-                own = {self._live_names[n]: t.to(ctx.parameters[n].dtype) for n, t in self._average.items()}
-                logits = torch.func.functional_call(module, own, (), given).logits
+                own = {name: tensor.to(ctx.parameters[name].dtype) for name, tensor in self._average.items()}
+                logits = ctx.forward_with(own, given).logits
             else:
                 logits = module(**given).logits
         # The logits before an answer's first token predict it; those of its last predict nothing that is known.

@@ -39,11 +39,13 @@ class TunerSupport:
 
     Attributes:
         deepspeed: ZeRO stages.
+        fsdp: FSDP2.
         packing: `--packing` and `--padding_free`.
         quantized, sequence_parallel, multimodal: the ms-swift features of these names.
     """
 
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
+    fsdp: bool = True
     packing: bool = True
     quantized: bool = True
     sequence_parallel: bool = True

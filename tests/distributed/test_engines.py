@@ -26,15 +26,18 @@ PART = 2
 """Cells for a commit."""
 # fp32 keeps one process and two comparable; ms-swift takes float32 for a request of fp16 training.
 FP32 = {"fp16": False, "bf16": False}
+FSDP = -1
+"""In place of a ZeRO stage."""
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero0": (0, {"deepspeed": "zero0", **FP32}),
     "zero1": (1, {"deepspeed": "zero1", **FP32}),
     "zero2": (2, {"deepspeed": "zero2", **FP32}),
     "zero3": (3, {"deepspeed": "zero3", **FP32}),
+    "fsdp2": (FSDP, {"fsdp": "fsdp2", **FP32}),
     "zero2_offload": (2, {"deepspeed": "zero2_offload", **FP32}),
     "zero3_offload": (3, {"deepspeed": "zero3_offload", **FP32}),
 }
-"""ZeRO stage and settings by name. DDP is in tests/integration/test_two_processes.py, always and for every method."""
+"""ZeRO stage (or `FSDP`) and settings by name. DDP: tests/integration/test_two_processes.py, always, for every method."""
 ON_DEMAND = ("zero2_offload", "zero3_offload")
 """Engines of the whole matrix only: their optimizer is compiled first, which takes minutes."""
 
@@ -43,7 +46,8 @@ def cells() -> Iterator[tuple[str, str]]:
     """(engine, method) of everything that the methods declare to support."""
     for engine, (stage, _) in ENGINES.items():
         for name, method in sorted(methods().items()):
-            if stage in method(method.config_class()).supports().deepspeed:
+            support = method(method.config_class()).supports()
+            if support.fsdp if stage == FSDP else stage in support.deepspeed:
                 yield engine, name
 
 

@@ -90,10 +90,9 @@ def test_memory_gradient_of_a_real_model_is_the_token_mean(checkpointing, world_
 
     def work(ctx):
         ctx.micro_batch = 1
-        parameters = list(ctx.parameters.values())
         batch = [MemoryRow.of(encoded) for encoded in ctx.encode(data)]
-        sizes = [p.numel() for p in parameters]
-        return memory_gradient(ctx, batch, parameters, sizes, torch.zeros(sum(sizes)))
+        sizes = [p.numel() for p in ctx.parameters.values()]
+        return memory_gradient(ctx, batch, names, sizes, torch.zeros(sum(sizes)))
 
     for found in on_ranks(world_size, lambda rank, size: TokenContext(model, rank=rank, world_size=size), work):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -100,6 +100,16 @@ class FakeContext:
     def module_for_forward(self) -> Any:
         return self.model
 
+    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(total, [self.parameters[name] for name in names], allow_unused=True)
+
+    def forward_with(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        assert self.model is not None
+        live = {parameter: name for name, parameter in self.model.named_parameters()}
+        swapped = {live[self.parameters[name]]: weight for name, weight in weights.items()}
+        with torch.no_grad():
+            return torch.func.functional_call(self.model, swapped, (), dict(inputs))
+
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
 
