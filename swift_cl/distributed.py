@@ -33,6 +33,13 @@ class Engine(Protocol):
     def weights(self) -> "dict[str, Tensor]":
         """Full fp32 weights by name; may alias live ones."""
 
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """The module's outputs with other values of trained parameters, without gradient; every rank must call it.
+
+        Args:
+            held: by name, as `held` and `part_of` give them.
+        """
+
     @property
     def module(self) -> Any:
         """The unwrapped module for extra forwards."""
@@ -66,12 +73,12 @@ class GradientView:
         offset = 0
         for name, parameter in self._parameters.items():
             count = _full_size(parameter)
-            self[name] = vector[offset : offset + count].view(_full_shape(parameter))
+            self[name] = vector[offset : offset + count].view(full_shape(parameter))
             offset += count
 
 
-def _full_shape(parameter: "nn.Parameter") -> "torch.Size":
-    # A parameter that ZeRO-3 has partitioned is empty and keeps its real shape in ds_shape.
+def full_shape(parameter: "Tensor") -> "torch.Size":
+    """The shape of the whole: a parameter that ZeRO-3 has partitioned is empty and keeps it in ds_shape."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
@@ -81,10 +88,46 @@ def is_partitioned(tensor: "Tensor") -> bool:
     return hasattr(tensor, "ds_shape")
 
 
-def copy_into(parameter: "nn.Parameter", value: "Tensor") -> None:
-    """Write a full value into a parameter that is not trained, in its own dtype; every rank must call it.
+def held(parameter: Any) -> "Tensor":
+    """What this rank holds of a parameter: all of it, or under ZeRO-3 its part. May alias the live one."""
+    value: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter.detach()
+    return value
 
-    Only for those: an optimizer's fp32 master of a trained one would stay what it was.
+
+def part_of(parameter: Any, value: "Tensor") -> "Tensor":
+    """What this rank would hold of a parameter if that had another full value, in the parameter's dtype."""
+    if not is_partitioned(parameter):
+        return value.to(parameter.dtype)
+    own, rank = torch.zeros_like(held(parameter)), torch.distributed.get_rank(parameter.ds_process_group)
+    part = value.reshape(-1)[rank * own.numel() :][: own.numel()]
+    own[: part.numel()] = part
+    return own
+
+
+def functional_forward(
+    module: Any, parameters: "Mapping[str, nn.Parameter]", values: "Mapping[str, Tensor]", inputs: Mapping[str, Any]
+) -> Any:
+    """The outputs of a module that holds its parameters whole, with other values of some of them."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = {names[parameters[name]]: value for name, value in values.items()}
+    with torch.no_grad():
+        return torch.func.functional_call(module, own, (), dict(inputs))
+
+
+def write_trained(parameter: "nn.Parameter", value: "Tensor") -> None:
+    """Write a full value into a trained parameter, its fp32 master included; every rank must call it."""
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value.float())
+    copy_into(parameter, value)
+
+
+def copy_into(parameter: "Tensor", value: "Tensor") -> None:
+    """Write a full value into a parameter that has no optimizer (it is not trained, or there is none yet), in its own
+    dtype; every rank must call it.
+
+    Only for those: an optimizer's fp32 master of a trained one would stay what it was (`write_trained`).
     """
     with torch.no_grad():
         if not is_partitioned(parameter):
@@ -98,7 +141,7 @@ def copy_into(parameter: "nn.Parameter", value: "Tensor") -> None:
 
 
 def _full_size(parameter: "nn.Parameter") -> int:
-    return _full_shape(parameter).numel()
+    return full_shape(parameter).numel()
 
 
 class PlainEngine:
@@ -150,6 +193,9 @@ class PlainEngine:
     def weights(self) -> "dict[str, Tensor]":
         return {name: parameter.detach().float() for name, parameter in self._parameters.items()}
 
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.module, self._parameters, held, inputs)
+
 
 class DeepSpeedEngine:
     """ZeRO stages 0 to 3, through deepspeed's safe_* functions inside a wrapped engine.step."""
@@ -193,7 +239,7 @@ class DeepSpeedEngine:
 
         gradient = safe_get_full_grad(parameter)
         if gradient is None:
-            return torch.zeros(_full_shape(parameter), dtype=torch.float32, device=parameter.device)
+            return torch.zeros(full_shape(parameter), dtype=torch.float32, device=parameter.device)
         unscaled: Tensor = gradient.detach().float() / self._scale()
         return unscaled
 
@@ -217,6 +263,24 @@ class DeepSpeedEngine:
             # ZeRO-0 keeps no fp32 master; the live parameter is then complete.
             full[name] = (parameter if master is None else master).detach().float()
         return full
+
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        parameters: dict[str, Any] = {name: self._parameters[name] for name in held}
+        if not any(map(is_partitioned, parameters.values())):
+            return functional_forward(self.module, parameters, held, inputs)
+        # ZeRO-3 gathers a layer from the parts, when it runs: these are exchanged, so no rank ever holds all.
+        before = {name: parameter.ds_tensor.data for name, parameter in parameters.items()}
+        try:
+            self._exchange(parameters, held)
+            with torch.no_grad():
+                return self.module(**inputs)
+        finally:
+            self._exchange(parameters, before)
+
+    def _exchange(self, parameters: Mapping[str, Any], parts: "Mapping[str, Tensor]") -> None:
+        self._engine.optimizer.empty_partition_cache()  # lets go of layers that were gathered from the old parts
+        for name, part in parts.items():
+            parameters[name].ds_tensor.data = part
 
 
 def make_engine(trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> Engine:

@@ -186,6 +186,13 @@ class TaskContext(Protocol):
     def weights(self) -> "dict[str, Tensor]":
         """Full fp32 weights of the trained parameters; may alias the live ones, so never write to them."""
 
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """The model's outputs with other values of trained parameters, without gradient; every rank must call it.
+
+        Args:
+            held: by name, as `swift_cl.distributed.held` and `part_of` give them.
+        """
+
     def training_rows(self) -> list[TrainingRow]:
         """This task's own rows (no replayed ones) in ms-swift's messages format, system prompt in place."""
 

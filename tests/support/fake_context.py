@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift_cl.distributed import functional_forward
 from swift_cl.io import MethodState
 from swift_cl.methods.base import EarlierTask, TrainingRow
 from tests.support.fake_engine import Engines
@@ -102,6 +103,9 @@ class FakeContext:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
+
+    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.model, self.parameters, held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows
