@@ -98,10 +98,14 @@ def part_of(parameter: Any, value: "Tensor") -> "Tensor":
     """What this rank would hold of a parameter if that had another full value, in the parameter's dtype."""
     if not is_partitioned(parameter):
         return value.to(parameter.dtype)
-    own, rank = torch.zeros_like(held(parameter)), torch.distributed.get_rank(parameter.ds_process_group)
-    part = value.reshape(-1)[rank * own.numel() :][: own.numel()]
-    own[: part.numel()] = part
-    return own
+    return _part(parameter, value).to(parameter.ds_tensor)
+
+
+def _part(parameter: Any, value: "Tensor") -> "Tensor":
+    """This rank's part of a full value; the last one's is filled up with zeros."""
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+    part = value.reshape(-1)[rank * size :][:size]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
 def functional_forward(
@@ -114,9 +118,24 @@ def functional_forward(
         return torch.func.functional_call(module, own, (), dict(inputs))
 
 
+def gather_together(model: Any, classes: "set[type]") -> None:
+    """Let ZeRO-3 gather all parameters within modules of these classes when such a module runs.
+
+    Otherwise it gathers those of each module inside when that runs. To be called before the engine is made.
+    """
+    if any(map(is_partitioned, model.parameters())):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, list(classes))
+
+
 def write_trained(parameter: "nn.Parameter", value: "Tensor") -> None:
     """Write a full value into a trained parameter, its fp32 master included; every rank must call it."""
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if is_partitioned(parameter):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, _part(parameter, value.float()))
+    elif hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.float())
@@ -243,10 +262,20 @@ class DeepSpeedEngine:
         unscaled: Tensor = gradient.detach().float() / self._scale()
         return unscaled
 
-    def _write(self, parameter: "nn.Parameter", value: "Tensor") -> None:
-        from deepspeed.utils import safe_set_full_grad
+    def _write(self, parameter: Any, value: "Tensor") -> None:
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        safe_set_full_grad(parameter, value * self._scale())
+        value = value * self._scale()
+        if is_partitioned(parameter):
+            safe_set_local_grad(parameter, _part(parameter, value))
+            return
+        safe_set_full_grad(parameter, value)
+        norms = getattr(self._engine.optimizer, "norm_for_param_grads", None)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if norms and mapping is not None:
+            # With an offloaded optimizer ZeRO-2 clips by norms that it took before the gradient was changed.
+            own = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+            norms[self._engine.optimizer.get_param_id(parameter)] = own.norm()
 
     def after_backward(self) -> None:
         """Nothing: the wrapped engine.step has done it."""
@@ -326,6 +355,23 @@ def all_reduce_sum(tensor: "Tensor") -> "Tensor":
 
 
 def full_state_dict(trainer: Any) -> "dict[str, Tensor]":
-    """Full weights of the trained model by live names; every rank must call it (ZeRO-3 gathers)."""
+    """Full weights of the trained model by live names; every rank must call it (ZeRO-3 gathers).
+
+    Under ZeRO-3 frozen ones of a PEFT model may be missing; see `whole_of_partitioned`.
+    """
     state: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     return state
+
+
+def whole_of_partitioned(parameters: "Mapping[str, nn.Parameter]") -> "dict[str, Tensor]":
+    """Full values, on the CPU, of those that ZeRO-3 holds in parts; every rank must call it."""
+    partitioned = {name: parameter for name, parameter in parameters.items() if is_partitioned(parameter)}
+    if not partitioned:
+        return {}
+    from deepspeed.runtime.zero import GatheredParameters
+
+    whole = {}
+    for name, parameter in partitioned.items():
+        with GatheredParameters([parameter]):
+            whole[name] = parameter.detach().to("cpu", copy=True)
+    return whole

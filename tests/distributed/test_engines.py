@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from swift_cl.io import load_method_state
 from swift_cl.methods.registry import get_method, methods
+from swift_cl.stages import STATE_DIR
 from swift_cl.tuners.registry import tuners
 from tests.support.chains import STAGES, Cell, run_chain
 from tests.support.train import assert_equal_up_to_rounding, contradicting_rows
@@ -25,11 +28,13 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = os.environ.get("SWIFT_CL_DISTRIBUTED") == "all"
+KEPT = os.environ.get("SWIFT_CL_ENGINE_RUNS")
+"""A folder that keeps the runs: a matrix that was stopped goes on (delete it when the code has changed)."""
 PART = 2
 """Cells for a commit."""
 # The tiny adapters would be kept whole on every rank, and what breaks where they are not would stay hidden.
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-# DeepSpeed offloads to its own Adam only, unless it is told that another optimizer is meant; see `test_with_deepspeeds_adam`.
+# DeepSpeed offloads to its own Adam only, unless it is told that another optimizer is meant.
 OWN_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False}
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero0": (0, {}),
@@ -88,7 +93,9 @@ def deepspeed_config(name: str, changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> "Runs":
     asked = [item.callspec.params for item in request.session.items if "cell" in getattr(item, "fixturenames", ())]
-    return Runs(tmp_path_factory.mktemp("engines"), [(found["engine"], found["cell"]) for found in asked])
+    folder = Path(KEPT) if KEPT else tmp_path_factory.mktemp("engines")
+    folder.mkdir(parents=True, exist_ok=True)
+    return Runs(folder, [(found["engine"], found["cell"]) for found in asked])
 
 
 class Runs:
@@ -121,6 +128,7 @@ class Runs:
                     config = deepspeed_config(engine, ENGINES[engine][1])
                     (folder / "deepspeed.json").write_text(json.dumps(config))
                     settings = {"deepspeed": str(folder / "deepspeed.json"), "fp16": False, "bf16": False}
+                    settings["lazy_tokenize"] = True  # otherwise half a stage is a worker process for eight rows
                     run_chain(folder, wanted, 2, 2, settings, {"DS_ACCELERATOR": "cpu"})
                 return
             except AssertionError as failure:
@@ -134,3 +142,19 @@ class Runs:
 def test_two_processes_equal_one(runs: Runs, engine: str, cell: Cell) -> None:
     one, two = runs.of("alone", cell), runs.of(engine, cell)
     assert_equal_up_to_rounding(one / STAGES[0], one / STAGES[1], two / STAGES[1])
+    for stage in STAGES:
+        assert_same_state(one / stage / STATE_DIR, two / stage / STATE_DIR, cell.method)
+
+
+def assert_same_state(one: Path, two: Path, method: str) -> None:
+    """What a method keeps: the same rows, and statistics and weights that agree to rounding."""
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (one, two)]
+    assert files[0] == files[1]
+    if (one / f"{method}.json").is_file():
+        assert load_method_state(one, method).rows == load_method_state(two, method).rows
+    for file in files[0]:
+        theirs = load_file(two / file)
+        for name, tensor in load_file(one / file).items():
+            limit = 1e-3 * max(1.0, tensor.abs().max().item()) if tensor.numel() else 0.0
+            assert tensor.shape == theirs[name].shape
+            assert not tensor.numel() or (tensor - theirs[name]).abs().max().item() <= limit, f"{file}: {name}"
