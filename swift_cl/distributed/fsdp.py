@@ -97,11 +97,21 @@ class FsdpEngine(PlainEngine):
         return {name: full_tensor(parameter.detach()).float() for name, parameter in self._parameters.items()}
 
 
-def start_fsdp(args: Any) -> None:
-    """Settle what ms-swift and accelerate leave open before the model is loaded."""
+def start_fsdp(args: Any, has_buffers: bool) -> None:
+    """Settle what ms-swift and accelerate leave open before the model is loaded.
+
+    Args:
+        has_buffers: whether the tuner's weights have buffers among them.
+    """
     training = args.training_args
     if not args.fsdp:
         return
+    if has_buffers:
+        from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
+
+        # accelerate spreads a model that the first process alone has loaded, but of a buffer it wants a DTensor's mesh.
+        disable_fsdp_ram_efficient_loading()
+        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
     if args.is_adapter:
         # A resumed run of ms-swift loads an adapter from its checkpoint, which a sharded one does not have.
         training.fsdp_plugin_args["state_dict_type"] = "FULL_STATE_DICT"

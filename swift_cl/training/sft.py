@@ -67,7 +67,7 @@ class CLSft(SwiftSft):
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
         distributed.start_deepspeed(args)
-        distributed.start_fsdp(args)
+        distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system

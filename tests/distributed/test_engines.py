@@ -37,7 +37,7 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2_offload": (2, {"deepspeed": "zero2_offload", **FP32}),
     "zero3_offload": (3, {"deepspeed": "zero3_offload", **FP32}),
 }
-"""ZeRO stage (or `FSDP`) and settings by name. DDP: tests/integration/test_two_processes.py, always, for every method."""
+"""ZeRO stage (or `FSDP`) and settings by name. DDP is in tests/integration/test_two_processes.py, for every method."""
 ON_DEMAND = ("zero2_offload", "zero3_offload")
 """Engines of the whole matrix only: their optimizer is compiled first, which takes minutes."""
 
