@@ -3,11 +3,21 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.engine import Engine, GradientView
+from swift_cl.distributed.engine import Engine, GradientView, functional_forward
 from swift_cl.distributed.fsdp import FsdpEngine, loaded_whole, start_fsdp
 from swift_cl.distributed.plain import PlainEngine
 from swift_cl.distributed.processes import all_reduce_sum, barrier, launched_processes, world
-from swift_cl.distributed.tensors import copy_into, full_tensor, is_partitioned, plain_name
+from swift_cl.distributed.tensors import (
+    copy_into,
+    full_shape,
+    full_tensor,
+    held,
+    held_before,
+    is_partitioned,
+    part_of,
+    plain_name,
+    write_trained,
+)
 from swift_cl.distributed.zero import DeepSpeedEngine, start_deepspeed
 from swift_cl.errors import RunFailure
 
@@ -23,16 +33,22 @@ __all__ = [
     "all_reduce_sum",
     "barrier",
     "copy_into",
+    "full_shape",
     "full_state_dict",
     "full_tensor",
+    "functional_forward",
+    "held",
+    "held_before",
     "is_partitioned",
     "launched_processes",
     "loaded_whole",
     "make_engine",
+    "part_of",
     "plain_name",
     "start_deepspeed",
     "start_fsdp",
     "world",
+    "write_trained",
 ]
 
 

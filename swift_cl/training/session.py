@@ -110,13 +110,13 @@ class Session:
         assert self._engine is not None
         return self._engine.gradients_of(total, names)
 
-    def forward_with(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
-        assert self._engine is not None
-        return self._engine.forward_with(weights, inputs)
-
     def weights(self) -> dict[str, Tensor]:
         assert self._engine is not None
         return self._engine.weights()
+
+    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        assert self._engine is not None
+        return self._engine.forward_with(held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows
