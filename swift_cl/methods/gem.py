@@ -249,8 +249,8 @@ def memory_gradient(ctx: TaskContext, batch: Sequence[MemoryRow], layout: "Layou
     """Gradient of the token-mean cross-entropy over `batch`, each rank computing its part; as the layout has it."""
     mine = batch[ctx.rank :: ctx.world_size]
     longest = math.ceil(len(batch) / ctx.world_size)
-    parameters = list(ctx.parameters.values())
-    totals = [torch.zeros(full_shape(p), dtype=torch.float32, device=ctx.device) for p in parameters]
+    shapes = {name: full_shape(parameter) for name, parameter in ctx.parameters.items()}
+    totals = [torch.zeros(shape, dtype=torch.float32, device=ctx.device) for shape in shapes.values()]
     with ctx.statistics_mode():
         # Every rank runs the same number of forwards, because under ZeRO-3 a forward needs all of them; one that has
         # no rows left runs the first with its labels masked, which adds zero.
@@ -265,7 +265,7 @@ def memory_gradient(ctx: TaskContext, batch: Sequence[MemoryRow], layout: "Layou
             summed = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum"
             )
-            for total, found in zip(totals, torch.autograd.grad(summed, parameters, allow_unused=True), strict=True):
+            for total, found in zip(totals, ctx.gradients_of(summed, list(shapes)), strict=True):
                 if found is not None:
                     total += found
     return layout.summed(totals) / sum(row.tokens for row in batch)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from swift_cl.distributed import held
+from swift_cl.distributed import held, held_before
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
@@ -105,7 +105,7 @@ class Lwf(Method):
 
     def train_begin(self, ctx: TaskContext) -> None:
         if self._frozen:
-            self._frozen = {name: tensor.to(held(ctx.parameters[name])) for name, tensor in self._frozen.items()}
+            self._frozen = {name: held_before(ctx.parameters[name], value) for name, value in self._frozen.items()}
             size = sum(t.numel() * t.element_size() for t in self._frozen.values())
             ctx.notice(f"full fine-tuning: the teacher takes {size / 2**30:.3g} GiB more")
         if self._has_teacher and ctx.earlier and ctx.step == 0:

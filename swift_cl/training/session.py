@@ -27,9 +27,7 @@ logger = logging.getLogger("swift_cl")
 
 def parameter_name(name: str) -> str:
     """A name without wrapper prefixes and adapter name, the same under every engine and in every stage."""
-    for prefix in ("module.", "base_model.model."):
-        name = name.removeprefix(prefix)
-    return name.replace(".default.", ".")
+    return distributed.plain_name(name).removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def earlier_tasks(previous: Stage | None) -> list[EarlierTask]:
@@ -109,6 +107,10 @@ class Session:
     def module_for_forward(self) -> Any:
         assert self._engine is not None
         return self._engine.module
+
+    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
+        assert self._engine is not None
+        return self._engine.gradients_of(total, names)
 
     def weights(self) -> dict[str, Tensor]:
         assert self._engine is not None
@@ -233,6 +235,9 @@ class Session:
     def attach(self, trainer: Any) -> None:
         """Called when training begins, with the final engine, optimizer and weights."""
         self.trainer = trainer
+        # FSDP2 has put other parameters, which are sharded, in the places of those that were there before.
+        live = {parameter_name(name): parameter for name, parameter in trainer.model.named_parameters()}
+        self.parameters = {name: live[name] for name in self.parameters}
         self._engine = distributed.make_engine(trainer, self.parameters)
         self._engine.install(self._on_gradients, self._after_step)
         self.method.train_begin(self)
@@ -347,7 +352,7 @@ class Session:
         """
         frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
         own = {name: p for name, p in frozen.items() if TRAINED in name.split(".")}
-        return distributed.whole_of_partitioned(own)
+        return distributed.whole_under_zero3(own)
 
     def exported_state(self, trainer: Any) -> dict[str, Tensor]:
         """Full live state with the method's exported weights in place; every rank must call it."""

@@ -36,16 +36,19 @@ PART = 2
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # DeepSpeed offloads to its own Adam only, unless it is told that another optimizer is meant.
 OWN_OPTIMIZER = {"zero_force_ds_cpu_optimizer": False}
+FSDP = -1
+"""In place of a ZeRO stage."""
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero0": (0, {}),
     "zero1": (1, {}),
     "zero2": (2, {}),
     "zero3": (3, PARTITIONED),
+    "fsdp2": (FSDP, {}),
     "zero2_offload": (2, OWN_OPTIMIZER),
     "zero3_offload": (3, OWN_OPTIMIZER),
 }
-"""ZeRO stage and changes to ms-swift's settings by their name. DDP is in tests/integration/test_two_processes.py,
-always and for every method."""
+"""ZeRO stage (or `FSDP`) and changes to ms-swift's settings by their name. DDP is always run, for every method, in
+tests/integration/test_two_processes.py."""
 FULL = ("seq", "replay", "ewc", "lwf", "gem", "migu")
 """Methods that are also seen with full fine-tuning: one of each kind of work on gradients, weights and logits."""
 
@@ -57,12 +60,14 @@ def subjects() -> list[Cell]:
 
 
 def stages(cell: Cell) -> Sequence[int]:
-    """The ZeRO stages that a cell's method and tuner declare."""
+    """The ZeRO stages that a cell's method and tuner declare, and `FSDP`."""
     kind = get_method(cell.method)
     support = kind(kind.config_class()).supports()
     tuner = tuners().get(cell.tuner or support.tuners[0])
     declared = support.full_deepspeed if cell.tuner == "full" else support.deepspeed
-    return [stage for stage in declared if tuner is None or stage in tuner.support.deepspeed]
+    fsdp = support.full_fsdp if cell.tuner == "full" else support.fsdp
+    found = [stage for stage in declared if tuner is None or stage in tuner.support.deepspeed]
+    return [*found, FSDP] if fsdp and (tuner is None or tuner.support.fsdp) else found
 
 
 def cells() -> Iterator[tuple[str, Cell]]:
@@ -80,14 +85,20 @@ def chosen() -> list[tuple[str, Cell]]:
     return random.Random(git.stdout).sample(every, PART)
 
 
-def deepspeed_config(name: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """ms-swift's settings of that name, changed, in fp32, which keeps one process and two comparable."""
+def engine_settings(name: str, folder: Path) -> dict[str, Any]:
+    """The flags of an engine: ms-swift's settings of that name, changed, in fp32, which keeps one process and two
+    comparable."""
     import swift
 
+    stage, changes = ENGINES[name]
+    flag = "fsdp" if stage == FSDP else "deepspeed"
     config = json.loads((Path(swift.__file__).parent / "config" / f"{name}.json").read_text())
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
-    return config
+    file = folder / f"{flag}.json"
+    file.write_text(json.dumps(config))
+    # Otherwise half of a stage is a worker process that encodes eight rows.
+    return {flag: str(file), "fp16": False, "bf16": False, "lazy_tokenize": True}
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +136,7 @@ class Runs:
                     run_chain(folder, wanted, processes=1, batch=4)
                 else:
                     folder.mkdir(exist_ok=True)
-                    config = deepspeed_config(engine, ENGINES[engine][1])
-                    (folder / "deepspeed.json").write_text(json.dumps(config))
-                    settings = {"deepspeed": str(folder / "deepspeed.json"), "fp16": False, "bf16": False}
-                    settings["lazy_tokenize"] = True  # otherwise half a stage is a worker process for eight rows
-                    run_chain(folder, wanted, 2, 2, settings, {"DS_ACCELERATOR": "cpu"})
+                    run_chain(folder, wanted, 2, 2, engine_settings(engine, folder), {"DS_ACCELERATOR": "cpu"})
                 return
             except AssertionError as failure:
                 left = [cell for cell in wanted if not (cell.run_dir(folder) / STAGES[1] / "stage.json").is_file()]

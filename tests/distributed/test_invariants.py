@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.test_engines import ENGINES, WHOLE, deepspeed_config
+from tests.distributed.test_engines import ENGINES, WHOLE, engine_settings
 from tests.support import commands
 from tests.support.chains import free_port
 from tests.support.invariants import METHODS
@@ -35,8 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             if engine != "alone":
                 command += ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m"]
             if engine in ENGINES:
-                (out / "deepspeed.json").write_text(json.dumps(deepspeed_config(engine, ENGINES[engine][1])))
-                arguments.append(str(out / "deepspeed.json"))
+                arguments.append(json.dumps(engine_settings(engine, out)))
             command += ["tests.support.invariants", *arguments]
             env = {**commands.environment(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800, check=False)

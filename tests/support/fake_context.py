@@ -101,6 +101,9 @@ class FakeContext:
     def module_for_forward(self) -> Any:
         return self.model
 
+    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(total, [self.parameters[name] for name in names], allow_unused=True)
+
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
 

@@ -1,6 +1,6 @@
 """What the methods promise of gradients and averages, looked at from within a training: one small run a method.
 
-    python -m tests.support.invariants OUT [DEEPSPEED_CONFIG]        (or by torchrun, with several processes)
+    python -m tests.support.invariants OUT [FLAGS_OF_THE_ENGINE_AS_JSON]        (or by torchrun, with several processes)
 
 writes `<OUT>/rank<R>.json`, and `<OUT>/<method>.safetensors` with what the method added to the reduced gradients.
 """
@@ -24,6 +24,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def checkpointed(module: Any) -> bool:
+    """Whether the Trainer checkpoints a module, or FSDP2 has wrapped it for that."""
+    return getattr(module, "gradient_checkpointing", False) or hasattr(module, "_checkpoint_wrapped_module")
+
+
 class Watched:
     """Wraps a method's hooks on the second task and notes what they did."""
 
@@ -35,7 +40,7 @@ class Watched:
         method.gradients, method.after_step = self.gradients, self.after_step
 
     def gradients(self, ctx: Any, grads: Any) -> None:
-        self.seen["checkpointed"] |= any(getattr(m, "gradient_checkpointing", False) for m in ctx.model.modules())
+        self.seen["checkpointed"] |= any(map(checkpointed, ctx.model.modules()))
         before = grads.flat().clone()
         self._gradients(ctx, grads)
         after = grads.flat().clone()  # read back from the engine: what its optimizer will use
@@ -58,7 +63,7 @@ def against_memory(memory_gradient: Any) -> Any:
     return lambda *args: -memory_gradient(*args)
 
 
-def main(out: Path, deepspeed: str | None) -> None:
+def main(out: Path, engine: dict[str, Any]) -> None:
     """Two tasks with every method, a global batch of 4."""
     from safetensors.torch import save_file
 
@@ -73,8 +78,7 @@ def main(out: Path, deepspeed: str | None) -> None:
     changes = {**SETTINGS, "per_device_train_batch_size": 4 // launched_processes(), "ddp_backend": None}
     if launched_processes() > 1:
         changes["ddp_backend"] = "gloo"
-    if deepspeed:
-        changes |= {"deepspeed": deepspeed, "fp16": False, "bf16": False}
+    changes |= engine
     seen: dict[str, Any] = {}
     for method in METHODS:
         first, second = (out / "runs" / method / task for task in TASKS)
@@ -89,4 +93,4 @@ def main(out: Path, deepspeed: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})
