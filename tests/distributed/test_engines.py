@@ -85,12 +85,17 @@ def chosen() -> list[tuple[str, Cell]]:
     return random.Random(git.stdout).sample(every, PART)
 
 
-def engine_settings(name: str, folder: Path) -> dict[str, Any]:
+def engine_settings(name: str, folder: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """The flags of an engine: ms-swift's settings of that name, changed, in fp32, which keeps one process and two
-    comparable."""
+    comparable.
+
+    Args:
+        changes: in place of those of `ENGINES`.
+    """
     import swift
 
-    stage, changes = ENGINES[name]
+    stage, own = ENGINES[name]
+    changes = own if changes is None else changes
     flag = "fsdp" if stage == FSDP else "deepspeed"
     config = json.loads((Path(swift.__file__).parent / "config" / f"{name}.json").read_text())
     for key, value in changes.items():
@@ -165,3 +170,20 @@ def assert_same_state(one: Path, two: Path, method: str) -> None:
             limit = 1e-3 * max(1.0, tensor.abs().max().item()) if tensor.numel() else 0.0
             assert tensor.shape == theirs[name].shape
             assert not tensor.numel() or (tensor - theirs[name]).abs().max().item() <= limit, f"{file}: {name}"
+
+
+@pytest.mark.skipif(not WHOLE, reason="compiles an optimizer first, a minute; runs with SWIFT_CL_DISTRIBUTED=all")
+@pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
+def test_offloaded_to_deepspeeds_own_adam(tmp_path: Path, engine: str) -> None:
+    """What ms-swift's settings do as they are: accelerate puts DeepSpeedCPUAdam in the place of torch's AdamW."""
+    contradicting_rows(tmp_path)
+    adam = {"optim": "adamw_torch", "learning_rate": 1e-3}
+    two = tmp_path / engine
+    two.mkdir()
+    run_chain(tmp_path / "alone", ["seq"], 1, 4, adam)
+    run_chain(two, ["seq"], 2, 2, {**adam, **engine_settings(engine, two, {})}, {"DS_ACCELERATOR": "cpu"})
+    start, one, both = (
+        Cell("seq").run_dir(folder) / stage
+        for folder, stage in ((tmp_path / "alone", STAGES[0]), (tmp_path / "alone", STAGES[1]), (two, STAGES[1]))
+    )
+    assert_equal_up_to_rounding(start, one, both)
