@@ -36,24 +36,29 @@ class Engine(Protocol):
     def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
         """See `swift_cl.methods.base.TaskContext.gradients_of`."""
 
-    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
-        """See `swift_cl.methods.base.TaskContext.forward_with`."""
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """The module's outputs with other values of trained parameters, without gradient; every rank must call it.
+
+        Args:
+            held: by name, as `held` and `part_of` give them.
+        """
 
 
-class OwnForwards:
-    """Extra forwards where a module's parameters in a forward are those that it has outside of it."""
+def functional_forward(
+    module: Any, parameters: "Mapping[str, nn.Parameter]", values: "Mapping[str, Tensor]", inputs: Mapping[str, Any]
+) -> Any:
+    """The outputs of a module that holds its parameters whole, with other values of some of them."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = {names[parameters[name]]: value for name, value in values.items()}
+    with torch.no_grad():
+        return torch.func.functional_call(module, own, (), dict(inputs))
 
-    module: Any
-    _parameters: "Mapping[str, nn.Parameter]"
 
-    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
-        return torch.autograd.grad(total, [self._parameters[name] for name in names], allow_unused=True)
-
-    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
-        live = {parameter: name for name, parameter in self.module.named_parameters()}
-        swapped = {live[self._parameters[name]]: weight for name, weight in weights.items()}
-        with torch.no_grad():
-            return torch.func.functional_call(self.module, swapped, (), dict(inputs))
+def gradients_of(
+    parameters: "Mapping[str, Tensor]", total: "Tensor", names: Sequence[str]
+) -> "Sequence[Tensor | None]":
+    """Gradients of a scalar that was computed with these parameters; None where it does not depend on one."""
+    return torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
 
 
 class GradientView:

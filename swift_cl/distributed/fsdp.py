@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from swift_cl.distributed.engine import gradients_of
 from swift_cl.distributed.plain import PlainEngine
-from swift_cl.distributed.tensors import full_tensor, is_sharded, local, part_of
+from swift_cl.distributed.tensors import full_tensor, held, is_sharded, part_of
 from swift_cl.errors import RunFailure
 
 if TYPE_CHECKING:
@@ -39,11 +40,9 @@ class FsdpEngine(PlainEngine):
         return full_tensor(parameter.grad.detach()).float()
 
     def _set_gradient(self, parameter: "nn.Parameter", value: "Tensor") -> None:
-        part = part_of(parameter, value)
         if parameter.grad is None:
-            parameter.grad = part.clone()
-        else:
-            parameter.grad.copy_(part)
+            parameter.grad = torch.zeros_like(parameter)
+        held(parameter.grad).copy_(part_of(parameter, value))
 
     def step_ended(self) -> None:
         # A forward without a backward leaves some layers whole, with the weights that they had then.
@@ -64,7 +63,7 @@ class FsdpEngine(PlainEngine):
         # The graph holds the gathered parameters, not the sharded ones.
         if not self._gathered:
             self._gathered = self._find_gathered()
-        return torch.autograd.grad(total, [self._gathered[name] for name in names], allow_unused=True)
+        return gradients_of(self._gathered, total, names)
 
     def _find_gathered(self) -> "dict[str, Tensor]":
         """The parameters that a forward computes with, by name; they stay the same objects for all of training."""
@@ -79,29 +78,43 @@ class FsdpEngine(PlainEngine):
             raise RunFailure(f"FSDP2 does not gather what is trained: {sorted(missing)[:5]}")
         return found
 
-    def forward_with(self, weights: "Mapping[str, Tensor]", inputs: "Mapping[str, Any]") -> Any:
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: "Mapping[str, Any]") -> Any:
         # In place, because FSDP2 puts its own parameters into the module for every forward.
-        with torch.no_grad():
-            before = {name: local(self._parameters[name]).clone() for name in weights}
-            try:
-                for name, weight in weights.items():
-                    local(self._parameters[name]).copy_(local(part_of(self._parameters[name], weight)))
-                self._reshard()
+        parameters: dict[str, Any] = {name: self._parameters[name].detach() for name in held}
+        live = {name: parameter.to_local() for name, parameter in parameters.items()}
+        before = {name: part.clone() for name, part in live.items()}
+        try:
+            self._exchange(live, held)
+            with torch.no_grad():
                 return self.module(**inputs)
-            finally:
-                for name, part in before.items():
-                    local(self._parameters[name]).copy_(part)
-                self._reshard()
+        finally:
+            self._exchange(live, before)
+
+    def _exchange(self, live: "Mapping[str, Tensor]", parts: "Mapping[str, Tensor]") -> None:
+        for name, part in parts.items():
+            live[name].copy_(part)
+        self._reshard()
 
     def weights(self) -> "dict[str, Tensor]":
+        self._reshard()  # what is looked for in the module then is what `ctx.parameters` has
         return {name: full_tensor(parameter.detach()).float() for name, parameter in self._parameters.items()}
 
 
-def start_fsdp(args: Any) -> None:
-    """Settle what ms-swift and accelerate leave open before the model is loaded."""
+def start_fsdp(args: Any, has_buffers: bool) -> None:
+    """Settle what ms-swift and accelerate leave open before the model is loaded.
+
+    Args:
+        has_buffers: whether the tuner's weights have buffers among them.
+    """
     training = args.training_args
     if not args.fsdp:
         return
+    if has_buffers:
+        from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
+
+        # accelerate spreads a model that the first process alone has loaded, but of a buffer it wants a DTensor's mesh.
+        disable_fsdp_ram_efficient_loading()
+        training.fsdp_plugin_args["cpu_ram_efficient_loading"] = False
     if args.is_adapter:
         # A resumed run of ms-swift loads an adapter from its checkpoint, which a sharded one does not have.
         training.fsdp_plugin_args["state_dict_type"] = "FULL_STATE_DICT"

@@ -1,9 +1,9 @@
 """No engine, or DDP: `p.grad` is reduced when the last micro-batch's backward returns; it is unclipped then."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.engine import GradientView, OwnForwards
+from swift_cl.distributed.engine import GradientView, functional_forward, gradients_of
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +14,7 @@ else:
     torch = LazyModule("torch")
 
 
-class PlainEngine(OwnForwards):
+class PlainEngine:
     """One process, or DDP."""
 
     def __init__(self, trainer: Any, parameters: "Mapping[str, nn.Parameter]") -> None:
@@ -68,3 +68,9 @@ class PlainEngine(OwnForwards):
 
     def weights(self) -> "dict[str, Tensor]":
         return {name: parameter.detach().float() for name, parameter in self._parameters.items()}
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        return gradients_of(self._parameters, total, names)
+
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.module, self._parameters, held, inputs)

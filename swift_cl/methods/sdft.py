@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import part_of
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
@@ -79,7 +80,6 @@ class Sdft(Method):
     config_class: ClassVar[type[MethodConfig]] = SdftConfig
     support: ClassVar[Support] = Support(
         tuners=("lora",),
-        deepspeed=(0, 1, 2),
         full_deepspeed=(),
         zero0_low_precision=False,
         packing=False,
@@ -149,7 +149,7 @@ class Sdft(Method):
                 with self._switch.active():
                     logits = module(**given).logits
             elif self._average:
-                own = {name: tensor.to(ctx.parameters[name].dtype) for name, tensor in self._average.items()}
+                own = {name: part_of(ctx.parameters[name], value) for name, value in self._average.items()}
                 logits = ctx.forward_with(own, given).logits
             else:
                 logits = module(**given).logits
@@ -168,6 +168,8 @@ class Sdft(Method):
         messages = [rows[number]["messages"] for number in numbers]
         prompts = ctx.encode_prompts([own[:-1] for own in messages])
         shown = ctx.encode_prompts([with_demonstration(own, self.config.closing) for own in messages])
+        rounds = torch.zeros(ctx.world_size, device=ctx.device)
+        rounds[ctx.rank] = math.ceil(len(prompts) / self.config.gen_batch)
         with ctx.statistics_mode():
             answers = sample(
                 ctx.module_for_forward,
@@ -177,6 +179,7 @@ class Sdft(Method):
                 max_new_tokens=self.config.max_new_tokens,
                 stop_tokens=ctx.stop_tokens,
                 at_once=self.config.gen_batch,
+                rounds=int(ctx.all_reduce_sum(rounds).max()),
             )
         ended = sum(answer[-1] in ctx.stop_tokens for answer in answers)
         ctx.log("sdft_cut_off", 1 - ended / max(1, len(answers)))

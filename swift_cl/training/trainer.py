@@ -103,9 +103,18 @@ class CLTrainerMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self._cl_gradients:
+        if self._cl_gradients or self.cl_session.watchers:
             self.cl_session.after_backward()
         return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._cl_frozen = self.cl_session.frozen_adapter()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None:
+            state_dict = {**self._cl_frozen, **state_dict}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]

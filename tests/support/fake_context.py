@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift_cl.distributed import functional_forward
 from swift_cl.io import MethodState
 from swift_cl.methods.base import EarlierTask, TrainingRow
 from tests.support.fake_engine import Engines
@@ -103,15 +104,11 @@ class FakeContext:
     def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
         return torch.autograd.grad(total, [self.parameters[name] for name in names], allow_unused=True)
 
-    def forward_with(self, weights: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
-        assert self.model is not None
-        live = {parameter: name for name, parameter in self.model.named_parameters()}
-        swapped = {live[self.parameters[name]]: weight for name, weight in weights.items()}
-        with torch.no_grad():
-            return torch.func.functional_call(self.model, swapped, (), dict(inputs))
-
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
+
+    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.model, self.parameters, held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows

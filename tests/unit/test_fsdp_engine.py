@@ -120,8 +120,9 @@ def gradients_of_an_own_forward_are_the_ranks_own() -> None:
 def other_weights_serve_one_forward() -> None:
     module = sharded()
     engine = engine_of(module)
+    held = {"w": distributed.part_of(module.get_parameter("0.weight"), -START)}
     output = module(own_rows())  # the root stays gathered until backward
-    other = engine.forward_with({"w": -START}, {"input": own_rows()})
+    other = engine.forward_with(held, {"input": own_rows()})
     assert torch.equal(other, -output)
     assert torch.equal(module(own_rows()), output)
     output.sum().backward()
@@ -148,6 +149,12 @@ def a_frozen_parameter_takes_a_full_value() -> None:
     assert torch.equal(module(own_rows()), own_rows() @ START.T * 2)
 
 
+def the_first_ranks_value_counts_for_what_was_held_before() -> None:
+    parameter = sharded().get_parameter("0.weight")
+    own = START if distributed.world()[0] == 0 else START * 0
+    assert torch.equal(distributed.held_before(parameter, own), distributed.held(parameter))
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
     gradients_are_the_means_over_ranks,
     clipping_and_the_optimizer_see_what_was_written,
@@ -157,6 +164,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     other_weights_serve_one_forward,
     a_forward_after_a_step_has_the_new_weights,
     a_frozen_parameter_takes_a_full_value,
+    the_first_ranks_value_counts_for_what_was_held_before,
 )
 
 # --- two processes ---------------------------------------------------------------------------------------------------
