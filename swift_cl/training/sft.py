@@ -68,6 +68,7 @@ class CLSft(SwiftSft):
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
         distributed.start_deepspeed(args)
+        distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
@@ -305,9 +306,11 @@ class CLSft(SwiftSft):
         from peft import PeftModel
 
         model = self.trainer.model
-        if not isinstance(model, PeftModel) or self.args.deepspeed:
+        if not isinstance(model, PeftModel) or self.args.deepspeed or self.args.fsdp:
             return None
-        return (self._tuner.base_of(model) if self._tuner else model.unload()), self.processor
+        base = self._tuner.base_of(model) if self._tuner else model.unload()
+        base.gradient_checkpointing_disable()  # the next stage's own setting counts, and some tuners have to be without
+        return base, self.processor
 
 
 def _named_as_saved(model: Any) -> dict[str, Any]:

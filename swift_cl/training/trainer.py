@@ -138,9 +138,18 @@ class CLTrainerMixin:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if self._cl_gradients:
+        if self._cl_gradients or self.cl_session.watchers:
             self.cl_session.after_backward()
         return loss
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self._cl_frozen = self.cl_session.frozen_adapter()
+        super().save_model(*args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None:
+            state_dict = {**self._cl_frozen, **state_dict}
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
@@ -155,6 +164,10 @@ class CLTrainerMixin:
             parameters = self.cl_session.parameters if self.cl_session.portable else None
             portable.save(folder / portable.FOLDER, layout, self, parameters)
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.cl_session.resumed is None or not self.cl_session.resumed.tensors:
+            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # The optimizer's files in the checkpoint are another engine's; `Session.attach` restores what they hold.

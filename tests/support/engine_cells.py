@@ -16,7 +16,7 @@ from swift_cl.methods.registry import methods
 from tests.conftest import ROOT
 
 FILE = ROOT / "build" / "engine_cells.json"
-MATRIX = re.compile(r"tests/distributed/test_engines\.py::test_two_processes_equal_one\[(\w+)-(\w+)\]")
+MATRIX = re.compile(r"tests/distributed/test_engines\.py::test_two_processes_equal_one\[(\w+?)-([\w-]+)\]")
 DDP = re.compile(r"tests/integration/test_two_processes\.py::test_two_processes_equal_one\[(\w+)\]")
 
 
@@ -45,7 +45,7 @@ def declared() -> list[str]:
     """The cells that methods declare, with the first tuner of each."""
     from tests.distributed.test_engines import cells
 
-    return sorted([*(f"ddp {name}" for name in methods()), *(f"{engine} {name}" for engine, name in cells())])
+    return sorted([*(f"ddp {name}" for name in methods()), *(f"{engine} {cell.name}" for engine, cell in cells())])
 
 
 def main(argv: list[str]) -> int:
