@@ -53,6 +53,17 @@ def test_the_row_is_what_the_method_declares(method: str) -> None:
     assert cells["page"] == f"[{method}](assets/methods/{method}.md)"
 
 
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_what_it_sends_is_stated(method: str) -> None:
+    """On its page and in the table of assets/distributed.md; tests/integration/test_two_processes.py counts it."""
+    page = (ROOT / "assets" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+    cost = page.partition("\n## Cost\n")[2].partition("\n## ")[0]
+    assert "Between processes a step sends " in cost
+    table = (ROOT / "assets" / "distributed.md").read_text(encoding="utf-8").partition("## What is sent")[2]
+    rows = [row for row in table.splitlines() if row.startswith("| `") and f"`{method}`" in row.split("|")[1]]
+    assert len(rows) == 1
+
+
 def test_a_plug_in_that_states_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     class Plain(Method):
         name, title = "plain", "Plain"
