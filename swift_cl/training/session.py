@@ -214,6 +214,12 @@ class Session:
 
     # --- what drives the method --------------------------------------------------------------------------------------
 
+    def spread(self, layout: Layout, resumed: Resumed | None, args: Any) -> None:
+        """Say how the training is spread over processes, and what it continues."""
+        self.layout, self.resumed = layout, resumed
+        self.micro_batch, self.global_batch = layout.micro_batch, layout.global_batch
+        self.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
+
     def prepare_rows(self, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on (rank 0). Keeps the task's own rows for statistics at its end."""
         self.rows = rows
