@@ -68,9 +68,7 @@ class CLSft(SwiftSft):
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
         layout = portable.layout_of(args, distributed.launched_processes())
-        resumed = (
-            portable.load(Path(args.resume_from_checkpoint), layout, args) if args.resume_from_checkpoint else None
-        )
+        resumed = portable.load(args.resume_from_checkpoint, layout, args)
         distributed.start_deepspeed(args)
         distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
         super().__init__(args)
