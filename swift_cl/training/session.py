@@ -20,6 +20,7 @@ from swift_cl.methods._adapters import TRAINED, is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.portable import Layout, Resumed, restore
 from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
@@ -59,6 +60,9 @@ class Session:
         self._engine: distributed.Engine | None = None
         self.micro_batch = 1
         self.global_batch = 1
+        self.layout = Layout("plain", 1, 1, 1)
+        self.resumed: Resumed | None = None
+        self.portable = True
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
         self.phase = ""
@@ -238,6 +242,8 @@ class Session:
         # FSDP2 has put other parameters, which are sharded, in the places of those that were there before.
         live = {parameter_name(name): parameter for name, parameter in trainer.model.named_parameters()}
         self.parameters = {name: live[name] for name in self.parameters}
+        if self.resumed is not None and self.resumed.tensors:
+            restore(self.resumed, trainer, self.parameters)
         self._engine = distributed.make_engine(trainer, self.parameters)
         self._engine.install(self._on_gradients, self._after_step)
         self.method.train_begin(self)
