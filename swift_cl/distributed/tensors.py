@@ -1,5 +1,6 @@
 """Tensors of which a process may hold a part only: ZeRO-3 keeps the real shape in `ds_shape`, FSDP2 has DTensors."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.processes import world
@@ -66,10 +67,14 @@ def part_of(parameter: Any, value: "Tensor") -> "Tensor":
         return _cut(parameter, value, None)
     if not is_partitioned(parameter):
         return value.to(parameter.dtype)
-    own, rank = torch.zeros_like(held(parameter)), torch.distributed.get_rank(parameter.ds_process_group)
-    part = value.reshape(-1)[rank * own.numel() :][: own.numel()]
-    own[: part.numel()] = part
-    return own
+    return zero_part(parameter, value).to(parameter.ds_tensor)
+
+
+def zero_part(parameter: Any, value: "Tensor") -> "Tensor":
+    """This rank's part of a full value as ZeRO-3 cuts it, in the value's dtype; the last one's is filled up with 0."""
+    size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank(parameter.ds_process_group)
+    part = value.reshape(-1)[rank * size :][:size]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
 def held_before(parameter: Any, value: "Tensor") -> "Tensor":
@@ -94,7 +99,11 @@ def _cut(parameter: Any, value: "Tensor", source: int | None) -> "Tensor":
 
 def write_trained(parameter: "nn.Parameter", value: "Tensor") -> None:
     """Write a full value into a trained parameter, its fp32 master included; every rank must call it."""
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if hasattr(parameter, "ds_shape"):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, zero_part(parameter, value.float()))
+    elif hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_set_full_fp32_param
 
         safe_set_full_fp32_param(parameter, value.float())
@@ -119,3 +128,26 @@ def copy_into(parameter: "Tensor", value: "Tensor") -> None:
         with GatheredParameters([parameter], modifier_rank=0):
             if world()[0] == 0:
                 parameter.copy_(value)
+
+
+def gather_together(model: Any, classes: "set[type]") -> None:
+    """Let ZeRO-3 gather all parameters within modules of these classes when such a module runs.
+
+    Otherwise it gathers those of each module inside when that runs. To be called before the engine is made.
+    """
+    if any(hasattr(parameter, "ds_shape") for parameter in model.parameters()):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, list(classes))
+
+
+def whole_under_zero3(parameters: "Mapping[str, nn.Parameter]") -> "dict[str, Tensor]":
+    """Full values, on the CPU, of those that ZeRO-3 holds in parts; every rank must call it."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "ds_shape"):
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter]):
+                found[name] = parameter.detach().to("cpu", copy=True)
+    return found

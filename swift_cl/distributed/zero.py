@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.engine import GradientView, functional_forward, gradients_of
 from swift_cl.distributed.processes import launched_processes
-from swift_cl.distributed.tensors import full_shape, is_partitioned
+from swift_cl.distributed.tensors import full_shape, is_partitioned, zero_part
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,21 @@ class DeepSpeedEngine:
         unscaled: Tensor = gradient.detach().float() / self._scale()
         return unscaled
 
-    def _write(self, parameter: "nn.Parameter", value: "Tensor") -> None:
-        from deepspeed.utils import safe_set_full_grad
+    def _write(self, parameter: Any, value: "Tensor") -> None:
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        safe_set_full_grad(parameter, value * self._scale())
+        value = value * self._scale()
+        if is_partitioned(parameter):
+            # Its part, not the whole: DeepSpeed would not look whether the last rank's is shorter.
+            safe_set_local_grad(parameter, zero_part(parameter, value))
+            return
+        safe_set_full_grad(parameter, value)
+        norms = getattr(self._engine.optimizer, "norm_for_param_grads", None)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if norms and mapping is not None:
+            # With an offloaded optimizer ZeRO-2 clips by norms that it took before the gradient was changed.
+            own = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+            norms[self._engine.optimizer.get_param_id(parameter)] = own.norm()
 
     def after_backward(self) -> None:
         """Nothing: the wrapped engine.step has done it."""

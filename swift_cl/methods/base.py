@@ -251,7 +251,8 @@ class Method:
 
     Class attributes:
         name: the value of `--cl_method` and the prefix of its flags.
-        title, paper: for listings and pages.
+        title, summary, cost, paper: for listings and pages; `summary` says what it does, `cost` what a step costs over
+            plain LoRA. They are Markdown, without a `|`.
         config_class: its config dataclass.
         support: what it supports.
         needs_rows: uses the rows as data (refuses streaming data sets).
@@ -265,6 +266,8 @@ class Method:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    summary: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     support: ClassVar[Support] = Support()

@@ -61,6 +61,8 @@ class DynamicConpet(Method):
 
     name: ClassVar[str] = "dynamic_conpet"
     title: ClassVar[str] = "Dynamic ConPET: one adapter per task and a selector of constant cost"
+    summary: ClassVar[str] = "an adapter a task and a selector of constant cost that chooses one"
+    cost: ClassVar[str] = "the selector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.14763"
     config_class: ClassVar[type[MethodConfig]] = DynamicConpetConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), sequence_parallel=False, liger=False)

@@ -100,6 +100,8 @@ class Ewc(Method):
 
     name: ClassVar[str] = "ewc"
     title: ClassVar[str] = "Elastic Weight Consolidation"
+    summary: ClassVar[str] = "quadratic anchor weighted by the diagonal Fisher, separate or online"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
     config_class: ClassVar[type[MethodConfig]] = EwcConfig
     support: ClassVar[Support] = Support(

@@ -83,6 +83,10 @@ class Gem(Method):
 
     name: ClassVar[str] = "gem"
     title: ClassVar[str] = "Gradient Episodic Memory, Averaged GEM"
+    summary: ClassVar[str] = (
+        "projects the gradient so that no stored task's loss rises; `--gem_mode agem` for averaged GEM"
+    )
+    cost: ClassVar[str] = "1 pass a task (agem: 1)"
     paper: ClassVar[str] = "https://arxiv.org/abs/1706.08840"
     config_class: ClassVar[type[MethodConfig]] = GemConfig
     support: ClassVar[Support] = Support(tuners=("lora", "full", "moelora"), sequence_parallel=False, liger=False)

@@ -62,6 +62,8 @@ class Gorp(Method):
 
     name: ClassVar[str] = "gorp"
     title: ClassVar[str] = "Continual Gradient Low-Rank Projection (GORP), LoRA part"
+    summary: ClassVar[str] = "a new LoRA that learns outside the input directions of earlier tasks"
+    cost: ClassVar[str] = "a projection"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.02503"
     config_class: ClassVar[type[MethodConfig]] = GorpConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())

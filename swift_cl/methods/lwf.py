@@ -65,6 +65,8 @@ class Lwf(Method):
 
     name: ClassVar[str] = "lwf"
     title: ClassVar[str] = "Learning without Forgetting"
+    summary: ClassVar[str] = "distils the previous model on the new task's rows"
+    cost: ClassVar[str] = "about 1.3x"
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.09282"
     config_class: ClassVar[type[MethodConfig]] = LwfConfig
     support: ClassVar[Support] = Support(sequence_parallel=False, liger=False)

@@ -103,6 +103,11 @@ class Pcll(GeneratedRehearsal):
 
     name: ClassVar[str] = "pcll"
     title: ClassVar[str] = "PCLL: prompt conditioned VAE for lifelong learning"
+    summary: ClassVar[str] = (
+        "rows of earlier tasks through a variational code that a prompt in words conditions, softened by the "
+        "previous model"
+    )
+    cost: ClassVar[str] = "as `lamol`, 1 forward for the code, 1 on generated rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07783"
     config_class: ClassVar[type[MethodConfig]] = PcllConfig
     support: ClassVar[Support] = Support(

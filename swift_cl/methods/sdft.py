@@ -74,6 +74,8 @@ class Sdft(Method):
 
     name: ClassVar[str] = "sdft"
     title: ClassVar[str] = "Self-distillation fine-tuning (SDFT)"
+    summary: ClassVar[str] = "learns its own answers as it would give them with the right one shown in its prompt"
+    cost: ClassVar[str] = "sampling of answers, 1 forward"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.19897"
     config_class: ClassVar[type[MethodConfig]] = SdftConfig
     support: ClassVar[Support] = Support(

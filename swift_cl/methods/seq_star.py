@@ -82,6 +82,11 @@ class SeqStar(Method):
 
     name: ClassVar[str] = "seq_star"
     title: ClassVar[str] = "SEQ*: frozen backbone, frozen old heads"
+    summary: ClassVar[str] = (
+        "a classifier head (`--task_type seq_cls`) on a backbone that is frozen after a warm-up; old "
+        "classes' rows are frozen too"
+    )
+    cost: ClassVar[str] = "head only: no backward through the backbone"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.07887"
     config_class: ClassVar[type[MethodConfig]] = SeqStarConfig
     support: ClassVar[Support] = Support(

@@ -29,6 +29,7 @@ class _CommonArguments(SftArguments):
     cl_previous: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_previous"]})
     resume_from_checkpoint: str | None = None
     cl_resume: bool = dataclasses.field(default=False, metadata={"help": COMMON_FLAGS["cl_resume"]})
+    cl_portable: bool | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_portable"]})
 
     def __post_init__(self) -> None:
         if self.cl_resume and self.resume_from_checkpoint is None and self.output_dir:

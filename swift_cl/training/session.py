@@ -16,10 +16,11 @@ from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
-from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._adapters import TRAINED, is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.portable import Layout, Resumed, restore
 from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
@@ -59,10 +60,15 @@ class Session:
         self._engine: distributed.Engine | None = None
         self.micro_batch = 1
         self.global_batch = 1
+        self.layout = Layout("plain", 1, 1, 1)
+        self.resumed: Resumed | None = None
+        self.portable = True
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
         self.phase = ""
         self.phases: Mapping[str, Path] = {}
+        self.watchers: list[Any] = []
+        """What of a tuner has hooks `gradients` and `after_step` too, called after the method's."""
         self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
@@ -236,11 +242,10 @@ class Session:
         # FSDP2 has put other parameters, which are sharded, in the places of those that were there before.
         live = {parameter_name(name): parameter for name, parameter in trainer.model.named_parameters()}
         self.parameters = {name: live[name] for name in self.parameters}
+        if self.resumed is not None and self.resumed.tensors:
+            restore(self.resumed, trainer, self.parameters)
         self._engine = distributed.make_engine(trainer, self.parameters)
-        self._engine.install(
-            lambda grads: self.method.gradients(self, grads),
-            lambda: self.method.after_step(self),
-        )
+        self._engine.install(self._on_gradients, self._after_step)
         self.method.train_begin(self)
         checkpoint = trainer.args.resume_from_checkpoint
         if checkpoint:
@@ -249,6 +254,16 @@ class Session:
                 self.method.restore_checkpoint(self, load_method_state(folder, self.method.name))
             elif overrides(self.method, "checkpoint_state") and self._expects_checkpoint_state():
                 raise UserError(f"{folder}: the checkpoint has no state of method '{self.method.name}'")
+
+    def _on_gradients(self, grads: distributed.GradientView) -> None:
+        self.method.gradients(self, grads)
+        for watcher in self.watchers:
+            watcher.gradients(self, grads)
+
+    def _after_step(self) -> None:
+        self.method.after_step(self)
+        for watcher in self.watchers:
+            watcher.after_step(self)
 
     def _expects_checkpoint_state(self) -> bool:
         return self.method.checkpoint_state(self) is not None
@@ -336,10 +351,21 @@ class Session:
             "candidates": candidates,
         }
 
+    def frozen_adapter(self) -> dict[str, Tensor]:
+        """What of the adapter is not trained, by live names; every rank must call it.
+
+        Of a model in parts (ZeRO-3) transformers and ms-swift save only what is trained; nothing where all is whole.
+        """
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        own = {name: p for name, p in frozen.items() if TRAINED in name.split(".")}
+        return distributed.whole_under_zero3(own)
+
     def exported_state(self, trainer: Any) -> dict[str, Tensor]:
         """Full live state with the method's exported weights in place; every rank must call it."""
+        frozen = self.frozen_adapter()
         state = distributed.full_state_dict(trainer)
         if self.rank == 0:
+            state = {**frozen, **state}
             own = {name: state[live] for name, live in self._live_names.items() if live in state}
             missing = self._live_names.keys() - own.keys()
             if missing:

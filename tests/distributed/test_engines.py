@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
+from swift_cl.io import load_method_state
 from swift_cl.methods.registry import get_method, methods
+from swift_cl.stages import STATE_DIR
 from swift_cl.tuners.registry import tuners
 from tests.support.chains import STAGES, Cell, run_chain
 from tests.support.train import assert_equal_up_to_rounding, contradicting_rows
@@ -25,6 +28,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = os.environ.get("SWIFT_CL_DISTRIBUTED") == "all"
+KEPT = os.environ.get("SWIFT_CL_ENGINE_RUNS")
+"""A folder that keeps the runs: a matrix that was stopped goes on (delete it when the code has changed)."""
 PART = 2
 """Cells for a commit."""
 # The tiny adapters would be kept whole on every rank, and what breaks where they are not would stay hidden.
@@ -80,25 +85,33 @@ def chosen() -> list[tuple[str, Cell]]:
     return random.Random(git.stdout).sample(every, PART)
 
 
-def engine_settings(name: str, folder: Path) -> dict[str, Any]:
+def engine_settings(name: str, folder: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """The flags of an engine: ms-swift's settings of that name, changed, in fp32, which keeps one process and two
-    comparable."""
+    comparable.
+
+    Args:
+        changes: in place of those of `ENGINES`.
+    """
     import swift
 
-    stage, changes = ENGINES[name]
+    stage, own = ENGINES[name]
+    changes = own if changes is None else changes
     flag = "fsdp" if stage == FSDP else "deepspeed"
     config = json.loads((Path(swift.__file__).parent / "config" / f"{name}.json").read_text())
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(value, dict) else value
     file = folder / f"{flag}.json"
     file.write_text(json.dumps(config))
-    return {flag: str(file), "fp16": False, "bf16": False}
+    # Otherwise half of a stage is a worker process that encodes eight rows.
+    return {flag: str(file), "fp16": False, "bf16": False, "lazy_tokenize": True}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> "Runs":
     asked = [item.callspec.params for item in request.session.items if "cell" in getattr(item, "fixturenames", ())]
-    return Runs(tmp_path_factory.mktemp("engines"), [(found["engine"], found["cell"]) for found in asked])
+    folder = Path(KEPT) if KEPT else tmp_path_factory.mktemp("engines")
+    folder.mkdir(parents=True, exist_ok=True)
+    return Runs(folder, [(found["engine"], found["cell"]) for found in asked])
 
 
 class Runs:
@@ -141,3 +154,36 @@ class Runs:
 def test_two_processes_equal_one(runs: Runs, engine: str, cell: Cell) -> None:
     one, two = runs.of("alone", cell), runs.of(engine, cell)
     assert_equal_up_to_rounding(one / STAGES[0], one / STAGES[1], two / STAGES[1])
+    for stage in STAGES:
+        assert_same_state(one / stage / STATE_DIR, two / stage / STATE_DIR, cell.method)
+
+
+def assert_same_state(one: Path, two: Path, method: str) -> None:
+    """What a method keeps: the same rows, and statistics and weights that agree to rounding."""
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (one, two)]
+    assert files[0] == files[1]
+    if (one / f"{method}.json").is_file():
+        assert load_method_state(one, method).rows == load_method_state(two, method).rows
+    for file in files[0]:
+        theirs = load_file(two / file)
+        for name, tensor in load_file(one / file).items():
+            limit = 1e-3 * max(1.0, tensor.abs().max().item()) if tensor.numel() else 0.0
+            assert tensor.shape == theirs[name].shape
+            assert not tensor.numel() or (tensor - theirs[name]).abs().max().item() <= limit, f"{file}: {name}"
+
+
+@pytest.mark.skipif(not WHOLE, reason="compiles an optimizer first, a minute; runs with SWIFT_CL_DISTRIBUTED=all")
+@pytest.mark.parametrize("engine", ["zero2_offload", "zero3_offload"])
+def test_offloaded_to_deepspeeds_own_adam(tmp_path: Path, engine: str) -> None:
+    """What ms-swift's settings do as they are: accelerate puts DeepSpeedCPUAdam in the place of torch's AdamW."""
+    contradicting_rows(tmp_path)
+    adam = {"optim": "adamw_torch", "learning_rate": 1e-3}
+    two = tmp_path / engine
+    two.mkdir()
+    run_chain(tmp_path / "alone", ["seq"], 1, 4, adam)
+    run_chain(two, ["seq"], 2, 2, {**adam, **engine_settings(engine, two, {})}, {"DS_ACCELERATOR": "cpu"})
+    start, one, both = (
+        Cell("seq").run_dir(folder) / stage
+        for folder, stage in ((tmp_path / "alone", STAGES[0]), (tmp_path / "alone", STAGES[1]), (two, STAGES[1]))
+    )
+    assert_equal_up_to_rounding(start, one, both)
