@@ -79,6 +79,9 @@ class CLSft(SwiftSft):
         self.session.micro_batch, self.session.global_batch = layout.micro_batch, layout.global_batch
         self.session.layout = layout
         self.session.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
+        before = self._previous.train.get("rows_a_step") if self._previous is not None else None
+        if before is not None and before != layout.global_batch:
+            self.session.notice(f"{layout.global_batch} rows a step, the stage before had {before}")
         if args.resume_from_checkpoint:
             self.session.resumed = portable.load(Path(args.resume_from_checkpoint), layout, args)
         if distributed.world()[0] == 0:
@@ -246,6 +249,7 @@ class CLSft(SwiftSft):
                     "last_loss": losses[-1] if losses else None,
                     "seconds": round(time.time() - self._started, 1),
                     "processes": distributed.world()[1],
+                    "rows_a_step": self.session.global_batch,
                 },
                 probe=probe,
                 route=self.session.route_record() if self._training.last else None,
