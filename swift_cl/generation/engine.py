@@ -55,6 +55,7 @@ class Sampling:
     Attributes:
         top_k: 0 for all tokens.
         stop: strings that end an answer; an answer is cut before the first of them.
+        beams: hypotheses of a beam search, 1 for none; the transformers engine alone can.
     """
 
     temperature: float
@@ -63,6 +64,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    beams: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """For hashes and manifests."""

@@ -125,6 +125,7 @@ def _config(sampling: Sampling, seed: int | None = None) -> RequestConfig:
         top_p=sampling.top_p,
         repetition_penalty=sampling.repetition_penalty,
         stop=list(sampling.stop),
+        num_beams=sampling.beams,
         seed=seed,
         return_details=True,
     )
