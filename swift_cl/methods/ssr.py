@@ -36,8 +36,8 @@ class SsrConfig(GenerationConfig):
     )
     demo_file: str = setting(
         "",
-        'Demonstrations in place of rows of the task: a JSON list, or JSON lines, of {"input", "output"}; {task} in the '
-        "path is the task's name.",
+        'Demonstrations in place of rows of the task: a JSON list, or JSON lines, of {"input", "output"}; {task} in '
+        "the path is the task's name.",
     )
     shots: int = setting(2, "Real rows shown in a prompt, >= 1.")
     oversample: float = setting(3.0, "Candidates per row that is kept in the first round, >= 1.")
