@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.engine import Engine, GradientView
 from swift_cl.distributed.plain import PlainEngine
-from swift_cl.distributed.processes import all_reduce_sum, barrier, launched_processes, world
+from swift_cl.distributed.processes import all_reduce_sum, barrier, gather_json, launched_processes, world
 from swift_cl.distributed.tensors import copy_into, is_partitioned
 from swift_cl.distributed.zero import DeepSpeedEngine, start_deepspeed
 
@@ -21,6 +21,7 @@ __all__ = [
     "barrier",
     "copy_into",
     "full_state_dict",
+    "gather_json",
     "is_partitioned",
     "launched_processes",
     "make_engine",
