@@ -15,7 +15,11 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 if [ "${1:-}" = "--distributed" ]; then
     shift
-    SWIFT_CL_DISTRIBUTED=all exec python -m pytest tests/distributed "$@"
+    export SWIFT_CL_DISTRIBUTED=all
+    code=0
+    python -m pytest tests/distributed "$@" || code=$?
+    python -m tests.support.engine_cells # which declared cells of the README's table were seen
+    exit "$code"
 fi
 
 failed=""

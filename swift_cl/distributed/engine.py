@@ -1,6 +1,6 @@
 """What a method sees of an engine: gradients of a step, full weights, a module for extra forwards."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swift_cl.distributed.tensors import full_shape, full_size
@@ -32,6 +32,33 @@ class Engine(Protocol):
     @property
     def module(self) -> Any:
         """The unwrapped module for extra forwards."""
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        """See `swift_cl.methods.base.TaskContext.gradients_of`."""
+
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """The module's outputs with other values of trained parameters, without gradient; every rank must call it.
+
+        Args:
+            held: by name, as `held` and `part_of` give them.
+        """
+
+
+def functional_forward(
+    module: Any, parameters: "Mapping[str, nn.Parameter]", values: "Mapping[str, Tensor]", inputs: Mapping[str, Any]
+) -> Any:
+    """The outputs of a module that holds its parameters whole, with other values of some of them."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = {names[parameters[name]]: value for name, value in values.items()}
+    with torch.no_grad():
+        return torch.func.functional_call(module, own, (), dict(inputs))
+
+
+def gradients_of(
+    parameters: "Mapping[str, Tensor]", total: "Tensor", names: Sequence[str]
+) -> "Sequence[Tensor | None]":
+    """Gradients of a scalar that was computed with these parameters; None where it does not depend on one."""
+    return torch.autograd.grad(total, [parameters[name] for name in names], allow_unused=True)
 
 
 class GradientView:

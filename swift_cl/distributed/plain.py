@@ -1,9 +1,9 @@
 """No engine, or DDP: `p.grad` is reduced when the last micro-batch's backward returns; it is unclipped then."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.engine import GradientView
+from swift_cl.distributed.engine import GradientView, functional_forward, gradients_of
 
 if TYPE_CHECKING:
     import torch
@@ -39,22 +39,28 @@ class PlainEngine:
         scale = self._loss_scale()
 
         def read(parameter: "nn.Parameter") -> "Tensor":
-            if parameter.grad is None:
-                return torch.zeros_like(parameter, dtype=torch.float32)
-            gradient = parameter.grad.detach().float()
+            gradient = self._gradient(parameter)
             return gradient if scale == 1.0 else gradient / scale
 
         def write(parameter: "nn.Parameter", value: "Tensor") -> None:
-            value = value if scale == 1.0 else value * scale
-            if parameter.grad is None:
-                parameter.grad = value.to(parameter.dtype).clone()
-            elif parameter.grad is not value:
-                parameter.grad.copy_(value)
+            self._set_gradient(parameter, value if scale == 1.0 else value * scale)
 
         view = GradientView(self._parameters, read, write)
         if scale != 1.0 and not all(bool(torch.isfinite(view[name]).all()) for name in view.names):
             return  # fp16 overflow: the scaler skips this step, and a projection of infinities would be noise
         self._on_gradients(view)
+
+    def _gradient(self, parameter: "nn.Parameter") -> "Tensor":
+        """The full gradient in fp32."""
+        if parameter.grad is None:
+            return torch.zeros_like(parameter, dtype=torch.float32)
+        return parameter.grad.detach().float()
+
+    def _set_gradient(self, parameter: "nn.Parameter", value: "Tensor") -> None:
+        if parameter.grad is None:
+            parameter.grad = value.to(parameter.dtype).clone()
+        elif parameter.grad is not value:
+            parameter.grad.copy_(value)
 
     def step_ended(self) -> None:
         if self._after_step is not None and not self._trainer.accelerator.optimizer_step_was_skipped:
@@ -62,3 +68,9 @@ class PlainEngine:
 
     def weights(self) -> "dict[str, Tensor]":
         return {name: parameter.detach().float() for name, parameter in self._parameters.items()}
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        return gradients_of(self._parameters, total, names)
+
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.module, self._parameters, held, inputs)

@@ -25,6 +25,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def node() -> tuple[int, int]:
+    """(this machine's rank, number of machines) as torchrun's variables say; what only one machine may do, 0 does."""
+    return int(os.environ.get("NODE_RANK", "0")), int(os.environ.get("NNODES", "1").partition(":")[0])
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if world()[1] > 1:

@@ -2,12 +2,12 @@
 engine.step, at an accumulation boundary, through deepspeed's safe_* functions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.engine import GradientView
+from swift_cl.distributed.engine import GradientView, functional_forward, gradients_of
 from swift_cl.distributed.processes import launched_processes
-from swift_cl.distributed.tensors import full_shape
+from swift_cl.distributed.tensors import full_shape, is_partitioned, zero_part
 
 if TYPE_CHECKING:
     import torch
@@ -64,10 +64,21 @@ class DeepSpeedEngine:
         unscaled: Tensor = gradient.detach().float() / self._scale()
         return unscaled
 
-    def _write(self, parameter: "nn.Parameter", value: "Tensor") -> None:
-        from deepspeed.utils import safe_set_full_grad
+    def _write(self, parameter: Any, value: "Tensor") -> None:
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        safe_set_full_grad(parameter, value * self._scale())
+        value = value * self._scale()
+        if is_partitioned(parameter):
+            # Its part, not the whole: DeepSpeed would not look whether the last rank's is shorter.
+            safe_set_local_grad(parameter, zero_part(parameter, value))
+            return
+        safe_set_full_grad(parameter, value)
+        norms = getattr(self._engine.optimizer, "norm_for_param_grads", None)
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if norms and mapping is not None:
+            # With an offloaded optimizer ZeRO-2 clips by norms that it took before the gradient was changed.
+            own = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+            norms[self._engine.optimizer.get_param_id(parameter)] = own.norm()
 
     def after_backward(self) -> None:
         """Nothing: the wrapped engine.step has done it."""
@@ -84,6 +95,27 @@ class DeepSpeedEngine:
             # ZeRO-0 keeps no fp32 master; the live parameter is then complete.
             full[name] = (parameter if master is None else master).detach().float()
         return full
+
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        return gradients_of(self._parameters, total, names)
+
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        parameters: dict[str, Any] = {name: self._parameters[name] for name in held}
+        if not any(map(is_partitioned, parameters.values())):
+            return functional_forward(self.module, parameters, held, inputs)
+        # ZeRO-3 gathers a layer from the parts, when it runs: these are exchanged, so no rank ever holds all.
+        before = {name: parameter.ds_tensor.data for name, parameter in parameters.items()}
+        try:
+            self._exchange(parameters, held)
+            with torch.no_grad():
+                return self.module(**inputs)
+        finally:
+            self._exchange(parameters, before)
+
+    def _exchange(self, parameters: Mapping[str, Any], parts: "Mapping[str, Tensor]") -> None:
+        self._engine.optimizer.empty_partition_cache()  # lets go of layers that were gathered from the old parts
+        for name, part in parts.items():
+            parameters[name].ds_tensor.data = part
 
 
 def start_deepspeed(args: Any) -> None:

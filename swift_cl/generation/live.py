@@ -43,6 +43,7 @@ def sample(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     at_once: int,
+    rounds: int = 0,
 ) -> list[list[int]]:
     """A continuation of every prompt, its stop token included where there is one; in eval mode, without gradients.
 
@@ -51,6 +52,8 @@ def sample(
         seeds: one a prompt.
         temperature: 0 for the likeliest token each time.
         at_once: prompts in one batch.
+        rounds: the most batches that any rank has. Where weights are spread over ranks, every rank must take part in
+            every one of them; transformers lets a rank whose answers have ended go on until all have.
     """
     found: list[list[int]] = [[] for _ in prompts]
     # Prompts of like length side by side: less padding.
@@ -58,8 +61,10 @@ def sample(
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), at_once):
-            batch = order[start : start + at_once]
+        for number in range(max(rounds, -(-len(order) // at_once))):
+            batch = order[number * at_once :][:at_once]
+            extra = not batch
+            batch = batch or order[:1]
             ids, mask = padded_left([prompts[i] for i in batch], _device(model))
             noise = [RowNoise([seeds[i] for i in batch], temperature, ids.device)] if temperature > 0 else []
             with torch.no_grad():
@@ -69,6 +74,8 @@ def sample(
                     logits_processor=noise,
                     generation_config=_plain(max_new_tokens, stop_tokens),
                 )
+            if extra:
+                continue
             for i, answer in zip(batch, answers[:, ids.shape[1] :].tolist(), strict=True):
                 found[i] = cut(answer, stop_tokens)
     finally:

@@ -108,6 +108,10 @@ class Abscl(Method):
 
     name: ClassVar[str] = "abscl"
     title: ClassVar[str] = "LLM-CL: a shared and a domain adapter, kept orthogonal, chosen by Mahalanobis distance"
+    summary: ClassVar[str] = (
+        "a shared adapter and one a task, kept orthogonal and summed; the distance to the tasks' questions chooses"
+    )
+    cost: ClassVar[str] = "three trainings, 2 of them on kept rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05496"
     config_class: ClassVar[type[MethodConfig]] = AbsclConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), packing=False, sequence_parallel=False)

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
+from swift_cl.methods._support import Support as Support
 from swift_cl.settings import Settings, flags_of_settings
 from swift_cl.settings import setting as setting
 
@@ -40,30 +41,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TrainingRow = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Support:
-    """What a method supports; anything else is refused before a model is loaded.
-
-    Attributes:
-        tuners: values of `--tuner_type`.
-        any_tuner: whether it works with every other tuner of `swift-cl ls tuners` too (it sees data only).
-        deepspeed: ZeRO stages.
-        zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
-        packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
-    """
-
-    tuners: tuple[str, ...] = ("lora", "full")
-    any_tuner: bool = False
-    deepspeed: tuple[int, ...] = (0, 1, 2, 3)
-    full_deepspeed: tuple[int, ...] = (0, 1, 2, 3)
-    zero0_low_precision: bool = True
-    packing: bool = True
-    quantized: bool = True
-    streaming: bool = False
-    sequence_parallel: bool = True
-    liger: bool = True
 
 
 @dataclass(frozen=True)
@@ -186,8 +163,21 @@ class TaskContext(Protocol):
     @property
     def module_for_forward(self) -> Any: ...
 
+    def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
+        """Gradients of a scalar that came out of `module_for_forward`, of this rank alone; None where unused.
+
+        Every rank must call it equally often: several engines exchange weights in a backward too.
+        """
+
     def weights(self) -> "dict[str, Tensor]":
         """Full fp32 weights of the trained parameters; may alias the live ones, so never write to them."""
+
+    def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
+        """The model's outputs with other values of trained parameters, without gradient; every rank must call it.
+
+        Args:
+            held: by name, as `swift_cl.distributed.held` and `part_of` give them.
+        """
 
     def training_rows(self) -> list[TrainingRow]:
         """This task's own rows (no replayed ones) in ms-swift's messages format, system prompt in place."""
@@ -264,7 +254,8 @@ class Method:
 
     Class attributes:
         name: the value of `--cl_method` and the prefix of its flags.
-        title, paper: for listings and pages.
+        title, summary, cost, paper: for listings and pages; `summary` says what it does, `cost` what a step costs over
+            plain LoRA. They are Markdown, without a `|`.
         config_class: its config dataclass.
         support: what it supports.
         needs_rows: uses the rows as data (refuses streaming data sets).
@@ -278,6 +269,8 @@ class Method:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    summary: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     support: ClassVar[Support] = Support()

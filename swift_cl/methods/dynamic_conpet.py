@@ -61,11 +61,11 @@ class DynamicConpet(Method):
 
     name: ClassVar[str] = "dynamic_conpet"
     title: ClassVar[str] = "Dynamic ConPET: one adapter per task and a selector of constant cost"
+    summary: ClassVar[str] = "an adapter a task and a selector of constant cost that chooses one"
+    cost: ClassVar[str] = "the selector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.14763"
     config_class: ClassVar[type[MethodConfig]] = DynamicConpetConfig
-    support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), sequence_parallel=False, liger=False
-    )
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), sequence_parallel=False, liger=False)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 
@@ -159,17 +159,21 @@ class DynamicConpet(Method):
         total = 0.0
         with ctx.statistics_mode(), torch.enable_grad():
             for rows in islice(order, self.config.batch_limit):
-                optimizer.zero_grad()
                 own = rows[ctx.rank :: ctx.world_size]
+                gradients = [torch.zeros_like(parameter) for parameter in trained]
                 value = torch.zeros((), device=ctx.device)
-                for start in range(0, len(own), ctx.micro_batch):
+                # Every rank runs the same number of forwards, because under ZeRO-3 a forward needs all of them; one
+                # that has no rows left runs the first of the batch, which counts nothing.
+                for start in range(0, math.ceil(len(rows) / ctx.world_size), ctx.micro_batch):
                     part = own[start : start + ctx.micro_batch]
-                    inputs = [prompts[task][i] for task, i in part]
+                    inputs = [prompts[task][i] for task, i in part or rows[:1]]
                     features = last_token_features(ctx.module_for_forward, inputs, ctx.device)
-                    loss = selector_loss(head(features), [task for task, _ in part]) / len(rows)
-                    torch.autograd.backward(loss)
-                    value += loss.detach()
-                total = float(_reduce(ctx, trained, value))
+                    loss = selector_loss(head(features), [task for task, _ in part or rows[:1]]) / len(rows)
+                    # Not `backward`, whose hooks belong to an engine: its training is over.
+                    found = torch.autograd.grad(loss * bool(part), trained, materialize_grads=True)
+                    torch._foreach_add_(gradients, list(found))
+                    value += loss.detach() * bool(part)
+                total = float(_reduce(ctx, trained, gradients, value))
                 optimizer.step()
         if not math.isfinite(total):
             raise RunFailure(f"the selector's loss is {total} after task '{ctx.task}'; lower --dynamic_conpet_lr")
@@ -227,13 +231,9 @@ def _endless(size: int, *key: Key) -> Iterator[int]:
         number += 1
 
 
-def _reduce(ctx: TaskContext, trained: "list[Tensor]", value: "Tensor") -> "Tensor":
-    """Sum gradients and loss over the ranks; a rank without a row of the batch adds zeros."""
-    if ctx.world_size == 1:
-        return value
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([*(g.reshape(-1).float() for g in gradients), value.reshape(1)])
-    flat = ctx.all_reduce_sum(flat)
+def _reduce(ctx: TaskContext, trained: "list[Tensor]", gradients: "list[Tensor]", value: "Tensor") -> "Tensor":
+    """Sum gradients and loss over the ranks."""
+    flat = ctx.all_reduce_sum(torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), value.reshape(1)]))
     offset = 0
     for parameter in trained:
         size = parameter.numel()

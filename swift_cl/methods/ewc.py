@@ -102,6 +102,8 @@ class Ewc(Method):
 
     name: ClassVar[str] = "ewc"
     title: ClassVar[str] = "Elastic Weight Consolidation"
+    summary: ClassVar[str] = "quadratic anchor weighted by the diagonal Fisher, separate or online"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
     config_class: ClassVar[type[MethodConfig]] = EwcConfig
     support: ClassVar[Support] = Support(
@@ -217,7 +219,7 @@ class Ewc(Method):
         """(Fisher diagonal by name, rows, answer tokens) of the current task at the current weights, over all ranks."""
         rows = self._rows(ctx)
         tokens = sum(_answer_tokens(row) for _, row in rows)
-        names, parameters = list(ctx.parameters), list(ctx.parameters.values())
+        names = list(ctx.parameters)
         weights = ctx.weights()
         squares = [torch.zeros_like(weights[name]) for name in names]
         with ctx.statistics_mode():
@@ -225,7 +227,7 @@ class Ewc(Method):
                 # Every rank does the same number of passes (ZeRO-3 gathers in each); a pass too many is not counted.
                 position = first + ctx.rank
                 index, row = rows[min(position, len(rows) - 1)]
-                found = self._gradient_of_row(ctx, parameters, row, index)
+                found = self._gradient_of_row(ctx, names, row, index)
                 if position < len(rows):
                     used = [(s, g.float()) for s, g in zip(squares, found, strict=True) if g is not None]
                     torch._foreach_addcmul_([s for s, _ in used], [g for _, g in used], [g for _, g in used])
@@ -255,7 +257,7 @@ class Ewc(Method):
         return found
 
     def _gradient_of_row(
-        self, ctx: TaskContext, parameters: "Sequence[Tensor]", row: dict[str, Any], index: int
+        self, ctx: TaskContext, names: Sequence[str], row: dict[str, Any], index: int
     ) -> "Sequence[Tensor | None]":
         """Gradient of the sum over answer tokens of log p(label)."""
         inputs = dict(ctx.collate([row]))
@@ -267,7 +269,7 @@ class Ewc(Method):
         else:
             targets = labels[answer]
         total = log_p.gather(-1, targets.unsqueeze(-1)).sum()
-        return torch.autograd.grad(total, list(parameters), allow_unused=True)
+        return ctx.gradients_of(total, names)
 
 
 def sampled_labels(log_p: "Tensor", seed: int) -> "Tensor":

@@ -43,7 +43,7 @@ class GorpConfig(MethodConfig):
     )
     hist_rank: int = setting(
         0,
-        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of that rank is kept.",
+        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of it is kept.",
     )
 
     def validate(self) -> None:
@@ -63,6 +63,8 @@ class Gorp(Method):
 
     name: ClassVar[str] = "gorp"
     title: ClassVar[str] = "Continual Gradient Low-Rank Projection (GORP), LoRA part"
+    summary: ClassVar[str] = "a new LoRA that learns outside the input directions of earlier tasks"
+    cost: ClassVar[str] = "a projection"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.02503"
     config_class: ClassVar[type[MethodConfig]] = GorpConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())

@@ -71,6 +71,8 @@ class L2kd(LamolFamily):
 
     name: ClassVar[str] = "l2kd"
     title: ClassVar[str] = "Lifelong Language Knowledge Distillation"
+    summary: ClassVar[str] = "`lamol`, new rows learnt from a teacher that learnt the task alone"
+    cost: ClassVar[str] = "as `lamol`, 1 forward; two trainings"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.02123"
     config_class: ClassVar[type[LamolFamilyConfig]] = L2kdConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), sequence_parallel=False, liger=False)

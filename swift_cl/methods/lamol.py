@@ -40,6 +40,8 @@ class Lamol(LamolFamily):
 
     name: ClassVar[str] = "lamol"
     title: ClassVar[str] = "LAMOL: language modeling for lifelong language learning"
+    summary: ClassVar[str] = "the model learns to generate its own training rows, which stand for earlier tasks"
+    cost: ClassVar[str] = "the loss a second time (twice the rows, generation before training)"
     paper: ClassVar[str] = "https://arxiv.org/abs/1909.03329"
     config_class: ClassVar[type[LamolFamilyConfig]] = LamolConfig
     support: ClassVar[Support] = Support(sequence_parallel=False, liger=False)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import held, held_before
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
@@ -64,9 +65,11 @@ class Lwf(Method):
 
     name: ClassVar[str] = "lwf"
     title: ClassVar[str] = "Learning without Forgetting"
+    summary: ClassVar[str] = "distils the previous model on the new task's rows"
+    cost: ClassVar[str] = "about 1.3x"
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.09282"
     config_class: ClassVar[type[MethodConfig]] = LwfConfig
-    support: ClassVar[Support] = Support(full_deepspeed=(0, 1, 2), sequence_parallel=False, liger=False)
+    support: ClassVar[Support] = Support(sequence_parallel=False, liger=False)
     needs_rows: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
 
@@ -99,13 +102,12 @@ class Lwf(Method):
                 self._adapters = [TEACHER]
             self._switch = AdapterSwitch(model)
         else:
-            self._frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            self._frozen = {name: held(parameter).clone() for name, parameter in ctx.parameters.items()}
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
         if self._frozen:
-            live = dict(ctx.module_for_forward.named_parameters())
-            self._frozen = {name: t.to(live[name].device, live[name].dtype) for name, t in self._frozen.items()}
+            self._frozen = {name: held_before(ctx.parameters[name], value) for name, value in self._frozen.items()}
             size = sum(t.numel() * t.element_size() for t in self._frozen.values())
             ctx.notice(f"full fine-tuning: the teacher takes {size / 2**30:.3g} GiB more")
         if self._has_teacher and ctx.earlier and ctx.step == 0:
@@ -192,13 +194,13 @@ class Lwf(Method):
 
     def _teacher_logits(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> "Tensor":
         """The previous model's logits for exactly the student's inputs, so that positions match by construction."""
-        module, given = ctx.module_for_forward, _without_labels(inputs)
+        given = _without_labels(inputs)
         with torch.no_grad(), ctx.statistics_mode():
             if self._switch is None:
-                logits: Tensor = torch.func.functional_call(module, self._frozen, (), given).logits
+                logits: Tensor = ctx.forward_with(self._frozen, given).logits
             else:
                 with self._switch.active(*self._adapters):
-                    logits = module(**given).logits
+                    logits = ctx.module_for_forward(**given).logits
         return logits
 
     def checkpoint_state(self, ctx: TaskContext) -> MethodState | None:

@@ -41,6 +41,8 @@ class Migu(Method):
 
     name: ClassVar[str] = "migu"
     title: ClassVar[str] = "Magnitude-based gradient updating (MIGU)"
+    summary: ClassVar[str] = "only the weights of units with large outputs are updated"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.17245"
     config_class: ClassVar[type[MethodConfig]] = MiguConfig
     support: ClassVar[Support] = Support()

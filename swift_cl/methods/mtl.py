@@ -19,6 +19,8 @@ class Mtl(Method):
 
     name: ClassVar[str] = "mtl"
     title: ClassVar[str] = "Multi-task (joint) training"
+    summary: ClassVar[str] = "joint training on all tasks so far: the ceiling of Avg.ACC"
+    cost: ClassVar[str] = "none (more rows)"
     config_class: ClassVar[type[MethodConfig]] = MtlConfig
     support: ClassVar[Support] = Support(any_tuner=True)
     needs_rows: ClassVar[bool] = True

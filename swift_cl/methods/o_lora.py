@@ -38,7 +38,7 @@ class OLoraConfig(MethodConfig):
     )
     max_rank: int = setting(
         0,
-        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of that rank is kept.",
+        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of it is kept.",
     )
     basis_rank: int = setting(
         0,
@@ -62,6 +62,8 @@ class OLora(Method):
 
     name: ClassVar[str] = "o_lora"
     title: ClassVar[str] = "Orthogonal LoRA (O-LoRA)"
+    summary: ClassVar[str] = "a new LoRA per task, orthogonal to the frozen ones of earlier tasks; all are summed"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.14152"
     config_class: ClassVar[type[MethodConfig]] = OLoraConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), zero0_low_precision=False)

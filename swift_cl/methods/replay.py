@@ -114,6 +114,10 @@ class Replay(Method):
 
     name: ClassVar[str] = "replay"
     title: ClassVar[str] = "Experience replay"
+    summary: ClassVar[str] = (
+        "mixes stored rows of earlier tasks into the data; random, reservoir, class-balanced, k-means, herding"
+    )
+    cost: ClassVar[str] = "none (more rows)"
     paper: ClassVar[str] = "https://arxiv.org/abs/1811.11682"
     config_class: ClassVar[type[MethodConfig]] = ReplayConfig
     support: ClassVar[Support] = Support(any_tuner=True)

@@ -83,6 +83,11 @@ class Ssr(Method):
 
     name: ClassVar[str] = "ssr"
     title: ClassVar[str] = "Self-Synthesized Rehearsal"
+    summary: ClassVar[str] = (
+        "the base model makes up rows of earlier tasks in context, the latest model answers them, a diverse "
+        "part is rehearsed"
+    )
+    cost: ClassVar[str] = "none (more rows, generation before training)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.01244"
     config_class: ClassVar[type[GenerationConfig]] = SsrConfig
     needs_rows: ClassVar[bool] = True

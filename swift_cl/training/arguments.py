@@ -1,7 +1,7 @@
 """The arguments of `swift-cl sft`: ms-swift's and ours in one class, checked before a model is loaded."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from swift.arguments import SftArguments
 from swift.loss_scale import get_loss_scale
 from swift.utils import parse_args
 
+from swift_cl import distributed
 from swift_cl.errors import UserError, did_you_mean
 from swift_cl.methods.base import Method, MethodConfig, flags_of
 from swift_cl.methods.registry import methods
@@ -29,6 +30,7 @@ class _CommonArguments(SftArguments):
     cl_previous: str | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_previous"]})
     resume_from_checkpoint: str | None = None
     cl_resume: bool = dataclasses.field(default=False, metadata={"help": COMMON_FLAGS["cl_resume"]})
+    cl_portable: bool | None = dataclasses.field(default=None, metadata={"help": COMMON_FLAGS["cl_portable"]})
 
     def __post_init__(self) -> None:
         if self.cl_resume and self.resume_from_checkpoint is None and self.output_dir:
@@ -130,6 +132,11 @@ def check_support(args: Any, method: Method) -> None:
             f"--deepspeed zero0 keeps no fp32 weights in bf16 or fp16, which method '{name}' needs; "
             "use zero1, or no DeepSpeed"
         )
+    if args.fsdp:
+        full = args.tuner_type == "full"
+        if not (support.full_fsdp if full else support.fsdp):
+            raise UserError(_no_fsdp(f"method '{name}'" + " in full fine-tuning" * full, allowed))
+        check_fsdp(args)
     refused = {
         "packing": args.packing and not support.packing,
         "quant_bits": bool(args.quant_bits) and not support.quantized,
@@ -146,12 +153,24 @@ def check_support(args: Any, method: Method) -> None:
             f"--loss_scale {args.loss_scale} does not work with method '{name}': it weighs tokens, and the loss of the "
             "method does not"
         )
-    if getattr(args, "fsdp", None):
-        raise UserError(f"--fsdp does not work with method '{name}'; use DDP or DeepSpeed")
     if args.task_type not in TRAINERS:
         raise UserError(f"--task_type {args.task_type} does not work with --cl_method, allowed: {', '.join(TRAINERS)}")
     if args.cached_dataset:
         raise UserError("--cached_dataset does not work with --cl_method: its rows are not readable; use --dataset")
+
+
+def _no_fsdp(what: str, stages: Sequence[int]) -> str:
+    zero = f"--deepspeed zero{stages[-1]} or " if stages else ""
+    return f"--fsdp does not work with {what}; use {zero}DDP (neither flag)"
+
+
+def check_fsdp(args: Any) -> None:
+    """Refuse a form of FSDP that nothing here trains with."""
+    version = args.training_args.fsdp_plugin_args["fsdp_version"]
+    if version != 2:
+        raise UserError(f"--fsdp: fsdp_version is {version}, allowed: 2 (`--fsdp fsdp2`)")
+    if distributed.launched_processes() < 2:
+        raise UserError("--fsdp needs several processes, found 1: set NPROC_PER_NODE, or leave it out")
 
 
 def check_tuner_support(args: Any, tuner: type[Tuner]) -> None:
@@ -162,6 +181,8 @@ def check_tuner_support(args: Any, tuner: type[Tuner]) -> None:
             f"--deepspeed with ZeRO stage {stage} does not work with --tuner_type {tuner.name}, allowed: "
             f"{', '.join(map(str, support.deepspeed)) or 'none'} (or no DeepSpeed)"
         )
+    if args.fsdp and not support.fsdp:
+        raise UserError(_no_fsdp(f"--tuner_type {tuner.name}", support.deepspeed))
     refused = {
         "packing": args.packing and not support.packing,
         "padding_free": args.padding_free and not support.packing,

@@ -16,10 +16,11 @@ from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
-from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._adapters import TRAINED, is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.portable import Layout, Resumed, restore
 from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
@@ -27,9 +28,7 @@ logger = logging.getLogger("swift_cl")
 
 def parameter_name(name: str) -> str:
     """A name without wrapper prefixes and adapter name, the same under every engine and in every stage."""
-    for prefix in ("module.", "base_model.model."):
-        name = name.removeprefix(prefix)
-    return name.replace(".default.", ".")
+    return distributed.plain_name(name).removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def earlier_tasks(previous: Stage | None) -> list[EarlierTask]:
@@ -61,11 +60,16 @@ class Session:
         self._engine: distributed.Engine | None = None
         self.micro_batch = 1
         self.global_batch = 1
+        self.layout = Layout("plain", 1, 1, 1)
+        self.resumed: Resumed | None = None
+        self.portable = True
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
         self.token_weights: Tensor | None = None
         self.phase = ""
         self.phases: Mapping[str, Path] = {}
+        self.watchers: list[Any] = []
+        """What of a tuner has hooks `gradients` and `after_step` too, called after the method's."""
         self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
@@ -109,9 +113,17 @@ class Session:
         assert self._engine is not None
         return self._engine.module
 
+    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
+        assert self._engine is not None
+        return self._engine.gradients_of(total, names)
+
     def weights(self) -> dict[str, Tensor]:
         assert self._engine is not None
         return self._engine.weights()
+
+    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        assert self._engine is not None
+        return self._engine.forward_with(held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows
@@ -228,11 +240,13 @@ class Session:
     def attach(self, trainer: Any) -> None:
         """Called when training begins, with the final engine, optimizer and weights."""
         self.trainer = trainer
+        # FSDP2 has put other parameters, which are sharded, in the places of those that were there before.
+        live = {parameter_name(name): parameter for name, parameter in trainer.model.named_parameters()}
+        self.parameters = {name: live[name] for name in self.parameters}
+        if self.resumed is not None and self.resumed.tensors:
+            restore(self.resumed, trainer, self.parameters)
         self._engine = distributed.make_engine(trainer, self.parameters)
-        self._engine.install(
-            lambda grads: self.method.gradients(self, grads),
-            lambda: self.method.after_step(self),
-        )
+        self._engine.install(self._on_gradients, self._after_step)
         self.method.train_begin(self)
         checkpoint = trainer.args.resume_from_checkpoint
         if checkpoint:
@@ -241,6 +255,16 @@ class Session:
                 self.method.restore_checkpoint(self, load_method_state(folder, self.method.name))
             elif overrides(self.method, "checkpoint_state") and self._expects_checkpoint_state():
                 raise UserError(f"{folder}: the checkpoint has no state of method '{self.method.name}'")
+
+    def _on_gradients(self, grads: distributed.GradientView) -> None:
+        self.method.gradients(self, grads)
+        for watcher in self.watchers:
+            watcher.gradients(self, grads)
+
+    def _after_step(self) -> None:
+        self.method.after_step(self)
+        for watcher in self.watchers:
+            watcher.after_step(self)
 
     def _expects_checkpoint_state(self) -> bool:
         return self.method.checkpoint_state(self) is not None
@@ -329,10 +353,21 @@ class Session:
             "candidates": candidates,
         }
 
+    def frozen_adapter(self) -> dict[str, Tensor]:
+        """What of the adapter is not trained, by live names; every rank must call it.
+
+        Of a model in parts (ZeRO-3) transformers and ms-swift save only what is trained; nothing where all is whole.
+        """
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        own = {name: p for name, p in frozen.items() if TRAINED in name.split(".")}
+        return distributed.whole_under_zero3(own)
+
     def exported_state(self, trainer: Any) -> dict[str, Tensor]:
         """Full live state with the method's exported weights in place; every rank must call it."""
+        frozen = self.frozen_adapter()
         state = distributed.full_state_dict(trainer)
         if self.rank == 0:
+            state = {**frozen, **state}
             own = {name: state[live] for name, live in self._live_names.items() if live in state}
             missing = self._live_names.keys() - own.keys()
             if missing:

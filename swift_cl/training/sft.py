@@ -19,6 +19,7 @@ from swift_cl.generation.shared import help_out, open_shared, send_home
 from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, write_json, write_jsonl
 from swift_cl.methods.registry import get_method
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, WEIGHTS, Stage
+from swift_cl.training import portable
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
@@ -68,15 +69,19 @@ class CLSft(SwiftSft):
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
         distributed.start_deepspeed(args)
+        distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
         self.session.phase, self.session.phases = training.phase, training.adapters
         self.session.template = self.template
         self.session.open_engine = self._open_engine
-        self.session.micro_batch = args.per_device_train_batch_size
-        accumulation = args.training_args.gradient_accumulation_steps  # where ms-swift fills in its default
-        self.session.global_batch = args.per_device_train_batch_size * accumulation * distributed.launched_processes()
+        layout = portable.layout_of(args, distributed.launched_processes())
+        self.session.micro_batch, self.session.global_batch = layout.micro_batch, layout.global_batch
+        self.session.layout = layout
+        self.session.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
+        if args.resume_from_checkpoint:
+            self.session.resumed = portable.load(Path(args.resume_from_checkpoint), layout, args)
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)
@@ -311,9 +316,11 @@ class CLSft(SwiftSft):
         from peft import PeftModel
 
         model = self.trainer.model
-        if not isinstance(model, PeftModel) or self.args.deepspeed:
+        if not isinstance(model, PeftModel) or self.args.deepspeed or self.args.fsdp:
             return None
-        return (self._tuner.base_of(model) if self._tuner else model.unload()), self.processor
+        base = self._tuner.base_of(model) if self._tuner else model.unload()
+        base.gradient_checkpointing_disable()  # the next stage's own setting counts, and some tuners have to be without
+        return base, self.processor
 
 
 def _named_as_saved(model: Any) -> dict[str, Any]:

@@ -39,11 +39,13 @@ class TunerSupport:
 
     Attributes:
         deepspeed: ZeRO stages.
+        fsdp: FSDP2.
         packing: `--packing` and `--padding_free`.
         quantized, sequence_parallel, multimodal: the ms-swift features of these names.
     """
 
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
+    fsdp: bool = True
     packing: bool = True
     quantized: bool = True
     sequence_parallel: bool = True
@@ -62,6 +64,7 @@ class Tuner:
         own_type: whether PEFT does not know that type, so that a server must import swift_cl to load it.
         swift_flags: flags of ms-swift's that begin with that prefix.
         support: what it supports.
+        has_buffers: whether there are buffers among its weights.
         fixed: flag -> key of `adapter_config.json`: what a later task may not change.
         required: flag -> value of ms-swift's that it needs: set where it is not given, refused where it differs.
         defaults: flag -> value that replaces ms-swift's default where nothing is given.
@@ -76,6 +79,7 @@ class Tuner:
     own_type: ClassVar[bool] = False
     swift_flags: ClassVar[tuple[str, ...]] = ()
     support: ClassVar[TunerSupport] = TunerSupport()
+    has_buffers: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, str]] = {}
     required: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, str]] = {}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift_cl.distributed import functional_forward
 from swift_cl.io import MethodState
 from swift_cl.methods.base import EarlierTask, TrainingRow
 from tests.support.fake_engine import Engines
@@ -101,8 +102,14 @@ class FakeContext:
     def module_for_forward(self) -> Any:
         return self.model
 
+    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(total, [self.parameters[name] for name in names], allow_unused=True)
+
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
+
+    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.model, self.parameters, held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows

@@ -10,13 +10,14 @@ from torch import nn
 
 from swift_cl import distributed
 from swift_cl.distributed import GradientView, PlainEngine, make_engine
+from swift_cl.errors import RunFailure
 
 
 def trainer(scale: float | None = None, sync: bool = True, skipped: bool = False) -> Any:
     """What the engine asks of a Trainer."""
     scaler = None if scale is None else SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
     accelerator = SimpleNamespace(scaler=scaler, sync_gradients=sync, optimizer_step_was_skipped=skipped)
-    return SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False)
+    return SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False, args=SimpleNamespace(fsdp=False))
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -114,6 +115,14 @@ def test_a_partitioned_parameter_is_cut_by_its_real_shape() -> None:
     view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)))
     view.set_flat(torch.arange(6.0))
     assert [(i, value.tolist()) for i, value in written] == [(id(empty), [[0, 1], [2, 3]]), (id(whole), [4, 5])]
+
+
+def test_fsdp_that_is_none_is_no_ddp() -> None:
+    """accelerate has trained CPU processes by DDP where FSDP2 was asked for, without a word."""
+    unsharded = trainer()
+    unsharded.args.fsdp, unsharded.accelerator.distributed_type = True, "MULTI_CPU"
+    with pytest.raises(RunFailure, match="--fsdp: accelerate does not shard the model"):
+        make_engine(unsharded, {})
 
 
 def test_one_process() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, Tuner, TunerSettings, TunerSupport, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, Tuner, TunerSettings, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,6 @@ class AdaLoRA(Tuner):
         "adalora_init_r", "adalora_target_r", "adalora_beta1", "adalora_beta2", "adalora_deltaT",
         "adalora_orth_reg_weight", "adalora_tinit", "adalora_tfinal",
     )  # fmt: skip
-    support: ClassVar[TunerSupport] = TunerSupport(deepspeed=())
     fixed: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "lora_alpha",
         "adalora_init_r": "init_r",
@@ -103,7 +102,11 @@ class AdaLoRA(Tuner):
 
     @classmethod
     def configure(cls, config: Any, model: Any) -> None:
+        from swift_cl.distributed import gather_together
+
         model.peft_config[TRAINED].cl_shares = (config.warmup_share, config.final_share)
+        # A layer reads its matrices itself, not through modules of their own that an engine could gather them for.
+        gather_together(model, {type(module) for module in model.modules() if hasattr(module, "lora_E")})
 
     @classmethod
     def save(cls, model: Any, folder: Path, state: "Mapping[str, Tensor] | None") -> None:

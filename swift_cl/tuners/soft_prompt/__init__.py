@@ -78,6 +78,7 @@ class SoftPrompt(Tuner):
     config_class: ClassVar[type[TunerSettings]] = SoftPromptSettings
     peft_type: ClassVar[str] = PEFT_TYPE
     own_type: ClassVar[bool] = True
+    has_buffers: ClassVar[bool] = True
     support: ClassVar[TunerSupport] = TunerSupport(packing=False, sequence_parallel=False, multimodal=False)
     fixed: ClassVar[Mapping[str, str]] = {
         f"soft_prompt_{name}": name for name in ("length", "mlp", "bottleneck", "layer_norm")
