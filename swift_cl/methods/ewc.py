@@ -46,7 +46,7 @@ class EwcConfig(MethodConfig):
         ("token", "sample", "mean"),
     )
     fisher_samples: int = setting(512, "Rows of the task that the Fisher is measured on, >= 1; at most all.")
-    seed: int = setting(0, "Seed of the rows and of the sampled labels.")
+    seed: int = setting(0, "Seed of the rows and of the sampled labels, >= 0.")
 
     def validate(self) -> None:
         if not 0 <= self.lambda_ < math.inf:
@@ -57,6 +57,8 @@ class EwcConfig(MethodConfig):
             self.fail("ewc", "gamma", "only with --ewc_mode online")
         if self.fisher_samples < 1:
             self.fail("ewc", "fisher_samples", "a whole number >= 1")
+        if self.seed < 0:
+            self.fail("ewc", "seed", "a whole number >= 0")
 
 
 @dataclass

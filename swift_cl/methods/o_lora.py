@@ -37,10 +37,12 @@ class OLoraConfig(MethodConfig):
         (*FORMS, "basis"),
     )
     max_rank: int = setting(
-        0, "Largest rank of the kept adapter, 0 for no limit; beyond it, the best approximation of that rank is kept."
+        0,
+        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of it is kept.",
     )
     basis_rank: int = setting(
-        0, "Directions remembered per layer, 0 for all of them; beyond it, those of the largest energy are kept."
+        0,
+        "Directions remembered per layer, >= 0; 0 for all of them; beyond it, those of the largest energy are kept.",
     )
 
     def validate(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swift.arguments import SftArguments
+from swift.loss_scale import get_loss_scale
 from swift.utils import parse_args
 
 from swift_cl import distributed
@@ -147,6 +148,11 @@ def check_support(args: Any, method: Method) -> None:
     for flag, wrong in refused.items():
         if wrong:
             raise UserError(f"--{flag} does not work with method '{name}'")
+    if method.replaces_loss and not method.weighs_tokens() and not get_loss_scale(args.loss_scale).is_binary_loss_scale:
+        raise UserError(
+            f"--loss_scale {args.loss_scale} does not work with method '{name}': it weighs tokens, and the loss of the "
+            "method does not"
+        )
     if args.task_type not in TRAINERS:
         raise UserError(f"--task_type {args.task_type} does not work with --cl_method, allowed: {', '.join(TRAINERS)}")
     if args.cached_dataset:
