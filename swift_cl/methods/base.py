@@ -52,6 +52,7 @@ class Support:
         deepspeed: ZeRO stages.
         zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
         packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
+        encoder_decoder: models like T5, whose logits stand at the labels themselves, not one before them.
     """
 
     tuners: tuple[str, ...] = ("lora", "full")
@@ -64,6 +65,7 @@ class Support:
     streaming: bool = False
     sequence_parallel: bool = True
     liger: bool = True
+    encoder_decoder: bool = False
 
 
 @dataclass(frozen=True)

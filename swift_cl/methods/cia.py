@@ -121,7 +121,9 @@ class Cia(Method):
     title: ClassVar[str] = "Large Continual Instruction Assistant (dynamic EMA)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10868"
     config_class: ClassVar[type[MethodConfig]] = CiaConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), zero0_low_precision=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora",), full_deepspeed=(), zero0_low_precision=False, encoder_decoder=True
+    )
 
     config: CiaConfig
 

@@ -20,7 +20,7 @@ class Mtl(Method):
     name: ClassVar[str] = "mtl"
     title: ClassVar[str] = "Multi-task (joint) training"
     config_class: ClassVar[type[MethodConfig]] = MtlConfig
-    support: ClassVar[Support] = Support(any_tuner=True)
+    support: ClassVar[Support] = Support(any_tuner=True, encoder_decoder=True)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 

@@ -17,4 +17,4 @@ class Seq(Method):
     name: ClassVar[str] = "seq"
     title: ClassVar[str] = "Sequential fine-tuning"
     config_class: ClassVar[type[MethodConfig]] = SeqConfig
-    support: ClassVar[Support] = Support(any_tuner=True, streaming=True)
+    support: ClassVar[Support] = Support(any_tuner=True, streaming=True, encoder_decoder=True)

@@ -17,5 +17,5 @@ class Single(Method):
     name: ClassVar[str] = "single"
     title: ClassVar[str] = "One model per task"
     config_class: ClassVar[type[MethodConfig]] = SingleConfig
-    support: ClassVar[Support] = Support(any_tuner=True, streaming=True)
+    support: ClassVar[Support] = Support(any_tuner=True, streaming=True, encoder_decoder=True)
     starts_fresh: ClassVar[bool] = True
