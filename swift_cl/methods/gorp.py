@@ -67,7 +67,7 @@ class Gorp(Method):
     cost: ClassVar[str] = "a projection"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.02503"
     config_class: ClassVar[type[MethodConfig]] = GorpConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), encoder_decoder=True)
     starts_fresh: ClassVar[bool] = True
 
     config: GorpConfig
