@@ -138,6 +138,18 @@ def test_gpus_where_vllm_is_not_started(given, says):
         options_from(args)
 
 
+def test_models_of_ours_are_served_by_pt_alone(make_run, packages):
+    t5 = replace(deployment(make_run()), model_args={"model_type": "t5", "template": "t5"})
+    served = command(t5, ServerOptions("pt"), "127.0.0.1", 1)
+    assert "--model_type t5 --template t5" in " ".join(served.argv)
+    assert served.env["SWIFT_CL_PLUGINS"] == "1"
+    for backend in ("vllm", "vllm-offline", "lmdeploy"):
+        with pytest.raises(UserError, match=f"^--infer_backend {backend} does not serve models of type t5; use pt$"):
+            command(t5, ServerOptions(backend), "127.0.0.1", 1)
+    with pytest.raises(UserError, match="a model of type t5 needs swift_cl in the server's environment"):
+        command(t5, ServerOptions("pt", "/elsewhere/python"), "127.0.0.1", 1)
+
+
 def test_offline_vllm_is_vllm_without_a_port(make_run, packages):
     served, offline = (flags(make_run(name), name)[0] for name in ("vllm", "vllm-offline"))
     assert served[1].endswith("serve_adapters.py")
