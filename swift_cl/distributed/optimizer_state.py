@@ -1,6 +1,7 @@
 """What one engine's training is made of, parameter by parameter, so that another engine can take it up.
 
 none, DDP, ZeRO-0   the optimizer's state belongs to the parameter itself.
+FSDP2               it does too, and is cut as the parameter is.
 ZeRO-1, 2, 3        an optimizer holds flat parts of many parameters; deepspeed's safe_* functions put them together.
 
 Every function is a collective: all ranks call it with the same parameters in the same order.
@@ -9,7 +10,7 @@ Every function is a collective: all ranks call it with the same parameters in th
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.tensors import copy_into
+from swift_cl.distributed.tensors import as_held, copy_into, full_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -19,14 +20,18 @@ else:
 
     torch = LazyModule("torch")
 
+FSDP = "fsdp2"
 WEIGHT = "weight"
 STEP = "step"
 """The optimizer's count of its steps, a scalar."""
 
 
 def engine_name(trainer_or_args: Any) -> str:
-    """`zero0` to `zero3`, or `plain` for one process and DDP; the same for trainer and arguments of a training."""
-    config = getattr(trainer_or_args, "args", trainer_or_args).deepspeed
+    """`zero0` to `zero3`, `fsdp2`, or `plain` for one process and DDP; the same for trainer and arguments."""
+    args = getattr(trainer_or_args, "args", trainer_or_args)
+    if args.fsdp:
+        return FSDP
+    config = args.deepspeed
     if not config:
         return "plain"
     return f"zero{int(config.get('zero_optimization', {}).get('stage', 0))}"
@@ -56,8 +61,8 @@ def read_state(trainer: Any, parameter: "nn.Parameter") -> "dict[str, Tensor]":
         ]  # apex' and DeepSpeed's FusedAdam
         return {**found, **({STEP: torch.as_tensor(float(steps[0]))} if steps else {})}
     state = _own(trainer).state.get(parameter, {})
-    tensors = {key: torch.as_tensor(value).detach().float() for key, value in state.items() if value is not None}
-    return {WEIGHT: parameter.detach().float(), **tensors}
+    found = {WEIGHT: parameter, **{key: value for key, value in state.items() if value is not None}}
+    return {key: full_tensor(torch.as_tensor(value).detach()).float() for key, value in found.items()}
 
 
 def write_states(
@@ -73,10 +78,9 @@ def write_states(
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, index in zip(group["params"], packed["params"], strict=True):
             state = states(names[id(parameter)])
-            with torch.no_grad():
-                parameter.copy_(state.pop(WEIGHT))
+            copy_into(parameter, state.pop(WEIGHT))
             if state:
-                saved["state"][index] = state
+                saved["state"][index] = {key: as_held(parameter, value) for key, value in state.items()}
     optimizer.load_state_dict(saved)
 
 

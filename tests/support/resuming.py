@@ -40,7 +40,8 @@ def layout(processes: int, deepspeed: str | None = None, accumulation: int = 1) 
         "gradient_accumulation_steps": accumulation,
         "ddp_backend": "gloo" if processes > 1 else None,
     }
-    return {**spread, **({"deepspeed": deepspeed, **FP32} if deepspeed else {})}
+    flag = "fsdp" if deepspeed == "fsdp2" else "deepspeed"
+    return {**spread, **({flag: deepspeed, **FP32} if deepspeed else {})}
 
 
 def train(
