@@ -59,6 +59,7 @@ def _methods() -> list[dict[str, Any]]:
             "deepspeed": [f"zero{stage}" for stage in method.support.deepspeed],
             "packing": method.support.packing,
             "quantized": method.support.quantized,
+            "encoder_decoder": method.support.encoder_decoder,
             "flags": [f"--{flag}" for flag, _ in flags_of(method)],
             "paper": method.paper,
         }

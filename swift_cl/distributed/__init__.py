@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from swift_cl.distributed.engine import Engine, GradientView, functional_forward
 from swift_cl.distributed.fsdp import FsdpEngine, loaded_whole, start_fsdp
 from swift_cl.distributed.plain import PlainEngine
-from swift_cl.distributed.processes import all_reduce_sum, barrier, launched_processes, node, world
+from swift_cl.distributed.processes import all_reduce_sum, barrier, gather_json, launched_processes, node, world
 from swift_cl.distributed.tensors import (
     copy_into,
     full_shape,
@@ -39,6 +39,7 @@ __all__ = [
     "full_state_dict",
     "full_tensor",
     "functional_forward",
+    "gather_json",
     "gather_together",
     "held",
     "held_before",

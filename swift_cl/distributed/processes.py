@@ -1,7 +1,8 @@
 """The process group."""
 
+import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -40,3 +41,19 @@ def all_reduce_sum(tensor: "Tensor") -> "Tensor":
     if world()[1] > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's JSON value, by rank, on every rank; every rank must call it."""
+    if world()[1] == 1:
+        return [value]
+    # NCCL moves what lies on a GPU only.
+    on_gpu = torch.cuda.is_available() and "gloo" not in torch.distributed.get_backend()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world()[1])]
+    torch.distributed.all_gather(sizes, torch.tensor([len(own)], device=device))
+    longest = max(int(size) for size in sizes)
+    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in sizes]
+    torch.distributed.all_gather(texts, torch.nn.functional.pad(own, (0, longest - len(own))))
+    return [json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)]

@@ -89,23 +89,12 @@ def held_before(parameter: Any, value: "Tensor") -> "Tensor":
 
 def _cut(parameter: Any, value: "Tensor", source: int | None) -> "Tensor":
     """This rank's part of a full value: of the one that rank `source` has, or, without communication, of its own."""
-    part: Tensor = _sharded(parameter, value.to(parameter.dtype), source).to_local()
-    return part.to(parameter.device)
-
-
-def _sharded(parameter: Any, value: "Tensor", source: int | None) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
-    mesh = parameter.device_mesh
-    return distribute_tensor(value.detach().to(mesh.device_type), mesh, parameter.placements, src_data_rank=source)
-
-
-def as_held(parameter: Any, value: "Tensor") -> "Tensor":
-    """A full value of a parameter's shape in the form of the parameter (under FSDP2 a DTensor), in its own dtype."""
-    if is_sharded(parameter) and value.shape == parameter.shape:
-        cut: Tensor = _sharded(parameter, value, None).to(parameter.device)
-        return cut
-    return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    whole = value.detach().to(mesh.device_type, parameter.dtype)
+    part: Tensor = distribute_tensor(whole, mesh, placements, src_data_rank=source).to_local()
+    return part.to(parameter.device)
 
 
 def write_trained(parameter: "nn.Parameter", value: "Tensor") -> None:

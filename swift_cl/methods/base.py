@@ -118,6 +118,7 @@ class TaskContext(Protocol):
         global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
         is_logging_step: whether values logged now will be shown.
         channels: in `forward` and `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
+        token_weights: in `loss`, the weight of every label (`--loss_scale`), [batch, length]; None where all count 1.
     """
 
     @property
@@ -152,6 +153,8 @@ class TaskContext(Protocol):
     def is_logging_step(self) -> bool: ...
     @property
     def channels(self) -> Sequence[str | None] | None: ...
+    @property
+    def token_weights(self) -> "Tensor | None": ...
 
     @property
     def task_index(self) -> int:
@@ -287,6 +290,11 @@ class Method:
     def required_flags(self) -> Mapping[str, str]:
         """ms-swift flags that this configuration needs: set where they are not given, refused where they differ."""
         return {}
+
+    def weighs_tokens(self) -> bool:
+        """Whether a loss of its own (`replaces_loss`) counts `ctx.token_weights`; else a `--loss_scale` with weights is
+        refused."""
+        return False
 
     def phases(self, first_task: bool) -> Sequence[Phase]:
         """The trainings that a stage consists of; the last one is its own, whose end is the stage's.

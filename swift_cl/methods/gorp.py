@@ -42,7 +42,8 @@ class GorpConfig(MethodConfig):
         64, "Directions remembered per layer, >= 1; beyond it, those of the least energy are let go."
     )
     hist_rank: int = setting(
-        0, "Largest rank of the kept adapter, 0 for no limit; beyond it, the best approximation of that rank is kept."
+        0,
+        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of it is kept.",
     )
 
     def validate(self) -> None:
@@ -66,7 +67,7 @@ class Gorp(Method):
     cost: ClassVar[str] = "a projection"
     paper: ClassVar[str] = "https://arxiv.org/abs/2507.02503"
     config_class: ClassVar[type[MethodConfig]] = GorpConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), encoder_decoder=True)
     starts_fresh: ClassVar[bool] = True
 
     config: GorpConfig

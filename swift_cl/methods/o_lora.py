@@ -37,10 +37,12 @@ class OLoraConfig(MethodConfig):
         (*FORMS, "basis"),
     )
     max_rank: int = setting(
-        0, "Largest rank of the kept adapter, 0 for no limit; beyond it, the best approximation of that rank is kept."
+        0,
+        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of it is kept.",
     )
     basis_rank: int = setting(
-        0, "Directions remembered per layer, 0 for all of them; beyond it, those of the largest energy are kept."
+        0,
+        "Directions remembered per layer, >= 0; 0 for all of them; beyond it, those of the largest energy are kept.",
     )
 
     def validate(self) -> None:
@@ -64,7 +66,9 @@ class OLora(Method):
     cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.14152"
     config_class: ClassVar[type[MethodConfig]] = OLoraConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), zero0_low_precision=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora",), full_deepspeed=(), zero0_low_precision=False, encoder_decoder=True
+    )
     starts_fresh: ClassVar[bool] = True
 
     config: OLoraConfig

@@ -51,7 +51,8 @@ class PcllConfig(GenerationConfig):
     gen_weight: float = setting(0.5, "Weight of all tokens of a question row beside its answer's, >= 0.")
     lm_weight: float = setting(0.5, "Weight of question rows beside the rows that teach to generate, >= 0.")
     kd_alpha: float = setting(
-        0.5, "Share of the previous model's distributions in the loss of generated rows, the rest their tokens; [0, 1]."
+        0.5,
+        "Share of the previous model's distributions in the loss of generated rows, the rest their tokens; in [0, 1].",
     )
     kd_temperature: float = setting(1.0, "Temperature T of both distributions, > 0; the term is multiplied by T^2.")
     encoder: str = setting(

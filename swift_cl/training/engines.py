@@ -21,6 +21,8 @@ from swift_cl.generation.engine import Engine
 from swift_cl.io import sha256_file
 from swift_cl.stages import WEIGHTS
 
+SHARED_BACKENDS = ("transformers",)
+"""Backends that every process has an engine of; vLLM makes batches of its own, so rank 0 alone has one."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max_lora_rank that vLLM takes."""
 

@@ -32,7 +32,7 @@ class Layout:
     """How a training is spread over processes, and where it stands.
 
     Attributes:
-        engine: `plain` (one process, DDP), `zero0` to `zero3` or `fsdp2`.
+        engine: `plain` (one process, DDP), `zero0` to `zero3`, or `fsdp2`.
         micro_batch, accumulation: rows of a forward, forwards of a step, on one process.
         rows: of an epoch, (in its permutation, of these used); None where the data is streamed.
         step: optimizer steps done.
@@ -59,8 +59,8 @@ class Layout:
     @property
     def text(self) -> str:
         """For a message."""
-        flag = "--fsdp" if self.engine == optimizer_state.FSDP else "--deepspeed"
-        engine = "no DeepSpeed" if self.engine == "plain" else f"{flag} {self.engine}"
+        flags = {"plain": "no DeepSpeed", "fsdp2": "--fsdp fsdp2"}
+        engine = flags.get(self.engine, f"--deepspeed {self.engine}")
         return f"{self.processes} process{'es' if self.processes > 1 else ''}, {engine}"
 
 

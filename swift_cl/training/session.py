@@ -65,6 +65,7 @@ class Session:
         self.portable = True
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
+        self.token_weights: Tensor | None = None
         self.phase = ""
         self.phases: Mapping[str, Path] = {}
         self.watchers: list[Any] = []
@@ -284,9 +285,10 @@ class Session:
         outputs: Any,
         num_items: Tensor | int | None,
         channels: Sequence[str | None] | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor:
         """The Trainer's loss plus the method's term, or the term alone where the method replaces the loss."""
-        self._num_items, self.channels = num_items, channels
+        self._num_items, self.channels, self.token_weights = num_items, channels, token_weights
         if self.method.needs_logits and getattr(outputs, "logits", None) is None:
             raise UserError(f"method '{self.method.name}' needs the model's logits, but the loss was fused away")
         term = self.method.loss(self, self.model, inputs, loss, outputs)

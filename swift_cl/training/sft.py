@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.generation.shared import help_out, open_shared, send_home
 from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, write_json, write_jsonl
 from swift_cl.methods.registry import get_method
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, WEIGHTS, Stage
@@ -22,7 +23,7 @@ from swift_cl.training import portable
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
-from swift_cl.training.engines import open_engine
+from swift_cl.training.engines import SHARED_BACKENDS, open_engine
 from swift_cl.training.flags import flag_values
 from swift_cl.training.phases import Training, drop_phases, train_phases
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
@@ -79,6 +80,9 @@ class CLSft(SwiftSft):
         self.session.micro_batch, self.session.global_batch = layout.micro_batch, layout.global_batch
         self.session.layout = layout
         self.session.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
+        before = self._previous.train.get("rows_a_step") if self._previous is not None else None
+        if before is not None and before != layout.global_batch:
+            self.session.notice(f"{layout.global_batch} rows a step, the stage before had {before}")
         if args.resume_from_checkpoint:
             self.session.resumed = portable.load(Path(args.resume_from_checkpoint), layout, args)
         if distributed.world()[0] == 0:
@@ -95,6 +99,11 @@ class CLSft(SwiftSft):
             self._prepare_generation_config()
 
     def _open_engine(self, weights: Path | None, backend: str) -> Any:
+        if distributed.world()[1] == 1 or backend not in SHARED_BACKENDS:
+            return self._open_here(weights, backend)
+        return open_shared(self._open_here, weights, backend, distributed.gather_json)
+
+    def _open_here(self, weights: Path | None, backend: str) -> Any:
         base = self._base_model(Path(self.args.model))
         return open_engine(self.args, self.model, self.processor, base, weights, backend)
 
@@ -136,7 +145,10 @@ class CLSft(SwiftSft):
                 "rows_sha256": hash_of_rows(rows),
                 "previous_weights_sha256": self._previous.weights_sha256 if self._previous else None,
             }
-            mixed = self.session.prepare_rows(rows)
+            try:
+                mixed = self.session.prepare_rows(rows)
+            finally:
+                send_home(distributed.gather_json)
             manifest = {"schema": 1, **key, "changed": mixed is not rows, "n_own": len(rows), "n_rows": len(mixed)}
             if manifest["changed"]:
                 write_jsonl(data_file, mixed)
@@ -150,6 +162,7 @@ class CLSft(SwiftSft):
             write_json(manifest_file, manifest)
         else:
             self.session.rows = rows
+            help_out(self._open_here, distributed.gather_json, distributed.world()[0])
         distributed.barrier()
         return read_jsonl(data_file) if read_json(manifest_file)["changed"] else None
 
@@ -246,6 +259,7 @@ class CLSft(SwiftSft):
                     "last_loss": losses[-1] if losses else None,
                     "seconds": round(time.time() - self._started, 1),
                     "processes": distributed.world()[1],
+                    "rows_a_step": self.session.global_batch,
                 },
                 probe=probe,
                 route=self.session.route_record() if self._training.last else None,

@@ -128,12 +128,12 @@ class CLTrainerMixin:
                 model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch, **kwargs
             )
         kept = {key: value for key, value in inputs.items() if key not in _NOT_MODEL_INPUTS}
-        channels = inputs.get("channel")
+        channels, token_weights = inputs.get("channel"), inputs.get("loss_scale")
         with self.cl_session.forward(kept, channels):
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch, **kwargs
             )
-        loss = self.cl_session.loss(kept, loss, outputs, num_items_in_batch, channels)
+        loss = self.cl_session.loss(kept, loss, outputs, num_items_in_batch, channels, token_weights)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,8 +165,8 @@ class CLTrainerMixin:
             portable.save(folder / portable.FOLDER, layout, self, parameters)
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        # transformers would refuse FSDP2's files under another engine; `Session.attach` restores what they hold.
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # transformers refuses FSDP2's files under another engine; `Session.attach` restores what they hold.
         if self.cl_session.resumed is None or not self.cl_session.resumed.tensors:
             super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 

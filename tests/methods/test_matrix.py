@@ -234,6 +234,7 @@ def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
         "tuner_type": support.tuners[0], "deepspeed": None, "bf16": False, "fp16": False, "packing": False,
         "quant_bits": None, "streaming": False, "sequence_parallel_size": 1, "use_liger_kernel": False,
         "lazy_tokenize": False, "task_type": "causal_lm", "cached_dataset": [], "fsdp": None,
+        "loss_scale": "default",
     }  # fmt: skip
     check_support(SimpleNamespace(**usual), made)
     zero = {stage: {"zero_optimization": {"stage": stage}} for stage in range(4)}
@@ -246,6 +247,7 @@ def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
         (support.streaming, "streaming", {"streaming": True}),
         (support.sequence_parallel, "sequence_parallel_size", {"sequence_parallel_size": 2}),
         (support.liger, "use_liger_kernel", {"use_liger_kernel": True}),
+        (not made.replaces_loss, "loss_scale", {"loss_scale": "react"}),
         *((stage in stages, "deepspeed", {"deepspeed": config}) for stage, config in zero.items()),
     ]
     if 0 in stages:

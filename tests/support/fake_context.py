@@ -78,6 +78,7 @@ class FakeContext:
         self.rows: list[TrainingRow] = []
         self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
         self.channels: list[str | None] | None = None
+        self.token_weights: Tensor | None = None
         self.stop_tokens = [0]
         self.engines: Engines | None = None
         self.phase = ""

@@ -20,8 +20,8 @@ INIT_R, TARGET_R = 12, 8
 class AdaLoRASettings(TunerSettings):
     """Flags of `adalora`; ranks, betas, interval and regularisation are ms-swift's `--adalora_*`."""
 
-    warmup_share: float = setting(0.1, "Share of a stage's steps before the first triplet is taken away, from 0.")
-    final_share: float = setting(0.3, "Share of a stage's steps, at its end, with the final triplets; above 0.")
+    warmup_share: float = setting(0.1, "Share of a stage's steps before the first triplet is taken away, in [0, 1).")
+    final_share: float = setting(0.3, "Share of a stage's steps, at its end, with the final triplets, in (0, 1).")
 
     def validate(self) -> None:
         if not 0 <= self.warmup_share < 1:

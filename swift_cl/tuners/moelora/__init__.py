@@ -19,7 +19,7 @@ DEFAULT_RANK = 8
 class MoELoRASettings(TunerSettings):
     """Flags of `moelora`; rank, alpha, dropout and targets are ms-swift's `--lora_*` and `--target_modules`."""
 
-    num_experts: int = setting(8, "Number of experts; it divides --lora_rank, which all of them share.")
+    num_experts: int = setting(8, "Number of experts, >= 1; it divides --lora_rank, which all of them share.")
     scaling: str = setting(
         "total",
         "Factor of the adapter's output: alpha / rank ('total'), or alpha / (rank of one expert) ('expert').",

@@ -34,7 +34,7 @@ class PromptStart(Settings):
 class PromptShape(Settings):
     """What a prompt is made of."""
 
-    length: int = setting(10, "Number of embeddings in front of the input.")
+    length: int = setting(10, "Number of embeddings in front of the input, >= 1.")
     mlp: str = setting(
         "mlp1",
         "What the model reads: the embeddings P themselves ('none') or P + f(P), f an MLP with one hidden layer "
