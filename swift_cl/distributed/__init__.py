@@ -75,4 +75,12 @@ def full_state_dict(trainer: Any) -> "dict[str, Tensor]":
     Under ZeRO-3 frozen ones of a PEFT model may be missing; see `whole_under_zero3`.
     """
     state: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if state:
+        # A weight that has two names is one tensor: accelerate copies each for DeepSpeed, and both would be saved.
+        first: dict[int, str] = {}
+        module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            shared = first.setdefault(id(parameter), name)
+            if shared != name and name in state and shared in state:
+                state[name] = state[shared]
     return state
