@@ -25,8 +25,8 @@ else:
 
 USED = "ACCELERATE_USE_FSDP"
 EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-"""Environment variables that ms-swift sets; with the first, transformers and it load models differently, with both only a
-machine's first process loads weights, which accelerate then spreads."""
+"""Environment variables that ms-swift sets; with the first, transformers and it load models differently, with both only
+a machine's first process loads weights, which accelerate then spreads."""
 
 
 class FsdpEngine(PlainEngine):
