@@ -86,15 +86,19 @@ class Resumed:
     tensors: bool
 
 
-def load(checkpoint: Path, now: Layout, settings: Any) -> Resumed | None:
-    """Look at the checkpoint that a training will continue; None where swift_cl has not described it.
+def load(resumed_from: str | None, now: Layout, settings: Any) -> Resumed | None:
+    """Look at the checkpoint that a training will continue; None where there is none, or swift_cl has not described it.
 
     Args:
+        resumed_from: its folder.
         settings: ms-swift's arguments.
 
     Raises:
         UserError: it cannot be continued in this way.
     """
+    if not resumed_from:
+        return None
+    checkpoint = Path(resumed_from)
     file = checkpoint / FOLDER / FILE
     if not file.is_file():
         if now.engine == "plain" and any(checkpoint.glob("global_step*")):
