@@ -13,12 +13,21 @@ def _page(method: type[Method]) -> str:
     return f"[{method.name}](assets/methods/{method.name}.md)" if built_in else f"`{method.__module__}`"
 
 
+def _fsdp(method: type[Method]) -> str:
+    support = method.support
+    text = "yes" if support.fsdp else "no"
+    if "full" in support.tuners and support.full_fsdp != support.fsdp:
+        text += f" (full: {'yes' if support.full_fsdp else 'no'})"
+    return text
+
+
 # Header -> cell of a method. A new declaration is a new line here, and nowhere else.
 COLUMNS = {
     "method": lambda method: f"`{method.name}`",
     "what it does": lambda method: method.summary or method.title,
     "tuners": lambda method: ", ".join(method.support.tuners),
     "DeepSpeed ZeRO": lambda method: zero_text(method.support),
+    "FSDP2": _fsdp,
     "extra cost per step": lambda method: method.cost or "not stated",
     "page": _page,
 }

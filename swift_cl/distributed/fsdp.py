@@ -4,6 +4,7 @@ Clipping and the optimizer come after that, so gradients are seen at the same mo
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,18 @@ class FsdpEngine(PlainEngine):
         names = {parameter: name for name, parameter in parameters.items()}
         self._places = {live: names[p] for live, p in self.module.named_parameters() if p in names}
         self._gathered: dict[str, Tensor] = {}
+        self._keep_random_state()
+
+    def _keep_random_state(self) -> None:
+        """Let checkpointed layers be recomputed with the dropout masks that their forward had.
+
+        accelerate (1.15) wraps them with preserve_rng_state=False, so that gradients would be those of other masks.
+        """
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+        for module in self.module.modules():
+            if isinstance(module, CheckpointWrapper):
+                module.checkpoint_fn = functools.partial(module.checkpoint_fn, preserve_rng_state=True)
 
     def _gradient(self, parameter: "nn.Parameter") -> "Tensor":
         if parameter.grad is None:

@@ -1,6 +1,7 @@
 """What one engine's training is made of, parameter by parameter, so that another engine can take it up.
 
 none, DDP, ZeRO-0   the optimizer's state belongs to the parameter itself.
+FSDP2               it does too, and both are held in parts.
 ZeRO-1, 2, 3        an optimizer holds flat parts of many parameters; deepspeed's safe_* functions put them together.
 
 Every function is a collective: all ranks call it with the same parameters in the same order.
@@ -9,7 +10,7 @@ Every function is a collective: all ranks call it with the same parameters in th
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swift_cl.distributed.tensors import copy_into
+from swift_cl.distributed.tensors import full_shape, full_tensor, held, is_sharded, part_of, write_trained, zero_part
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +25,11 @@ STEP = "step"
 """The optimizer's count of its steps, a scalar."""
 
 
-def engine_name(trainer_or_args: Any) -> str:
-    """`zero0` to `zero3`, or `plain` for one process and DDP; the same for trainer and arguments of a training."""
-    config = getattr(trainer_or_args, "args", trainer_or_args).deepspeed
+def engine_name(args: Any) -> str:
+    """`zero0` to `zero3`, `fsdp2`, or `plain` for one process and DDP."""
+    config = args.deepspeed
     if not config:
-        return "plain"
+        return "fsdp2" if args.fsdp else "plain"
     return f"zero{int(config.get('zero_optimization', {}).get('stage', 0))}"
 
 
@@ -56,8 +57,8 @@ def read_state(trainer: Any, parameter: "nn.Parameter") -> "dict[str, Tensor]":
         ]  # apex' and DeepSpeed's FusedAdam
         return {**found, **({STEP: torch.as_tensor(float(steps[0]))} if steps else {})}
     state = _own(trainer).state.get(parameter, {})
-    tensors = {key: torch.as_tensor(value).detach().float() for key, value in state.items() if value is not None}
-    return {WEIGHT: parameter.detach().float(), **tensors}
+    tensors = {key: full_tensor(torch.as_tensor(v).detach()).float() for key, v in state.items() if v is not None}
+    return {WEIGHT: full_tensor(parameter.detach()).float(), **tensors}
 
 
 def write_states(
@@ -73,17 +74,25 @@ def write_states(
     for group, packed in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for parameter, index in zip(group["params"], packed["params"], strict=True):
             state = states(names[id(parameter)])
-            with torch.no_grad():
-                parameter.copy_(state.pop(WEIGHT))
+            write_trained(parameter, state.pop(WEIGHT))
             if state:
-                saved["state"][index] = state
+                saved["state"][index] = {key: _as_held(parameter, value) for key, value in state.items()}
     optimizer.load_state_dict(saved)
+
+
+def _as_held(parameter: "nn.Parameter", value: "Tensor") -> "Tensor":
+    """A moment as the engine holds the parameter: a part under FSDP2, the whole otherwise."""
+    if not is_sharded(parameter) or value.shape != full_shape(parameter):
+        return value
+    part = torch.zeros_like(parameter.detach())
+    held(part).copy_(part_of(parameter, value))
+    return part
 
 
 def _write_partitioned(
     trainer: Any, parameters: "Mapping[str, nn.Parameter]", states: "Callable[[str], dict[str, Tensor]]"
 ) -> None:
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     made = False
     for name, parameter in parameters.items():
@@ -92,10 +101,12 @@ def _write_partitioned(
         if not made:
             _make_states(trainer, state.keys(), step)
             made = True
-        safe_set_full_fp32_param(parameter, weight.to(_device(trainer)))
-        copy_into(parameter, weight)
+        write_trained(parameter, weight.to(_device(trainer)))
         for key, value in state.items():
-            safe_set_full_optimizer_state(parameter, value.to(_device(trainer)), key)
+            if hasattr(parameter, "ds_shape"):
+                safe_set_local_optimizer_state(parameter, zero_part(parameter, value.to(_device(trainer))), key)
+            else:
+                safe_set_full_optimizer_state(parameter, value.to(_device(trainer)), key)
 
 
 def _make_states(trainer: Any, keys: Iterable[str], step: "Tensor | None") -> None:

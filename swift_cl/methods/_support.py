@@ -14,6 +14,7 @@ class Support:
         zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
         fsdp, full_fsdp: FSDP2 (`--fsdp fsdp2`) with adapters, and in full fine-tuning.
         packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
+        encoder_decoder: models like T5, whose logits stand at the labels themselves, not one before them.
     """
 
     tuners: tuple[str, ...] = ("lora", "full")
@@ -28,3 +29,4 @@ class Support:
     streaming: bool = False
     sequence_parallel: bool = True
     liger: bool = True
+    encoder_decoder: bool = False

@@ -9,6 +9,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._answers import IGNORED, predicted, predicted_tokens, unlabelled
 from swift_cl.methods._draws import permutation, seed32
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
@@ -107,7 +108,10 @@ class Ewc(Method):
     paper: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
     config_class: ClassVar[type[MethodConfig]] = EwcConfig
     support: ClassVar[Support] = Support(
-        tuners=("lora", "full", "moelora"), zero0_low_precision=False, sequence_parallel=False
+        tuners=("lora", "full", "moelora"),
+        zero0_low_precision=False,
+        sequence_parallel=False,
+        encoder_decoder=True,
     )
     needs_rows: ClassVar[bool] = True
 
@@ -158,7 +162,7 @@ class Ewc(Method):
         # sums up the cross-entropy that the guard compares with. The weight undoes the Trainer's scaling of `loss`.
         labels = inputs.get("labels")
         if ctx.step < self._guard_step and labels is not None:
-            count = (labels[:, 1:] != -100).sum()
+            count = (predicted(ctx.module_for_forward, labels) != IGNORED).sum()
             weight = ctx.token_mean(count, count.clamp(min=1))
             self._ce = loss.detach() if self._ce is None else self._ce + loss.detach()
             self._ce_weight = weight if self._ce_weight is None else self._ce_weight + weight
@@ -218,7 +222,7 @@ class Ewc(Method):
     def fisher(self, ctx: TaskContext) -> "tuple[dict[str, Tensor], int, int]":
         """(Fisher diagonal by name, rows, answer tokens) of the current task at the current weights, over all ranks."""
         rows = self._rows(ctx)
-        tokens = sum(_answer_tokens(row) for _, row in rows)
+        tokens = sum(predicted_tokens(ctx.module_for_forward, row["labels"]) for _, row in rows)
         names = list(ctx.parameters)
         weights = ctx.weights()
         squares = [torch.zeros_like(weights[name]) for name in names]
@@ -250,7 +254,7 @@ class Ewc(Method):
             if len(found) == self.config.fisher_samples:
                 break
             encoded = ctx.encode([rows[index]])[0]
-            if encoded and _answer_tokens(encoded):
+            if encoded and predicted_tokens(ctx.module_for_forward, encoded["labels"]):
                 found.append((index, encoded))
         if not found:
             raise RunFailure(f"ewc: none of the {len(rows)} rows of task '{ctx.task}' has an answer to measure on")
@@ -261,9 +265,10 @@ class Ewc(Method):
     ) -> "Sequence[Tensor | None]":
         """Gradient of the sum over answer tokens of log p(label)."""
         inputs = dict(ctx.collate([row]))
-        labels = inputs.pop("labels")[0, 1:]
-        answer = labels != -100
-        log_p = torch.log_softmax(ctx.module_for_forward(**inputs).logits[0, :-1][answer].float(), dim=-1)
+        module = ctx.module_for_forward
+        labels = predicted(module, inputs["labels"])[0]
+        answer = labels != IGNORED
+        log_p = torch.log_softmax(module(**unlabelled(module, inputs)).logits[0][answer].float(), dim=-1)
         if self.config.fisher == "sampled":
             targets = sampled_labels(log_p.detach(), seed32("ewc", self.config.seed, index))
         else:
@@ -276,7 +281,3 @@ def sampled_labels(log_p: "Tensor", seed: int) -> "Tensor":
     """One label a position from softmax rows; depends on the seed only, so any number of ranks draws the same."""
     generator = torch.Generator(device=log_p.device).manual_seed(seed)
     return torch.multinomial(log_p.exp(), 1, generator=generator).squeeze(-1)
-
-
-def _answer_tokens(row: dict[str, Any]) -> int:
-    return sum(int(label) != -100 for label in row["labels"][1:])

@@ -9,6 +9,7 @@ from swift_cl.distributed import full_shape
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._answers import IGNORED, predicted, predicted_tokens, unlabelled
 from swift_cl.methods._draws import permutation
 from swift_cl.methods._projection import FALLBACK_RIDGE, LARGEST_WEIGHT, agem_weight, gem_weights
 from swift_cl.methods._row_store import RowStore, SeenTask, StoredRow, usable_rows
@@ -71,11 +72,9 @@ class MemoryRow:
     tokens: int
 
     @classmethod
-    def of(cls, encoded: dict[str, Any]) -> "MemoryRow":
-        """Count the label tokens; the first token of a row has nothing before it and is not predicted."""
-        labels = encoded.get("labels", [])
-        labels = labels.tolist() if hasattr(labels, "tolist") else labels
-        return cls(encoded, sum(label != -100 for label in labels[1:]))
+    def of(cls, encoded: dict[str, Any], module: Any = None) -> "MemoryRow":
+        """Count the label tokens that `module` predicts."""
+        return cls(encoded, predicted_tokens(module, encoded.get("labels", [])))
 
 
 class Gem(Method):
@@ -89,7 +88,9 @@ class Gem(Method):
     cost: ClassVar[str] = "1 pass a task (agem: 1)"
     paper: ClassVar[str] = "https://arxiv.org/abs/1706.08840"
     config_class: ClassVar[type[MethodConfig]] = GemConfig
-    support: ClassVar[Support] = Support(tuners=("lora", "full", "moelora"), sequence_parallel=False, liger=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora", "full", "moelora"), sequence_parallel=False, liger=False, encoder_decoder=True
+    )
     needs_rows: ClassVar[bool] = True
     config: GemConfig
 
@@ -115,7 +116,8 @@ class Gem(Method):
         store = RowStore.load(ctx, self.name)
         memories = {}
         for entry in store.seen:
-            rows = [MemoryRow.of(e) for e in ctx.encode([stored.row for stored in store.of_task(entry.task)])]
+            encoded = ctx.encode([stored.row for stored in store.of_task(entry.task)])
+            rows = [MemoryRow.of(row, ctx.module_for_forward) for row in encoded]
             memories[entry.task] = [row for row in rows if row.tokens > 0]
             dropped = len(rows) - len(memories[entry.task])
             if dropped:
@@ -200,8 +202,9 @@ class Gem(Method):
         rows = ctx.training_rows()
         store = RowStore.load(ctx, self.name)
         order = permutation(len(rows), self.config.seed, ctx.task, "store")
+        module = ctx.module_for_forward
         chosen, dropped = usable_rows(
-            ctx, rows, order, self.config.memory_size, usable=lambda encoded: MemoryRow.of(encoded).tokens > 0
+            ctx, rows, order, self.config.memory_size, usable=lambda encoded: MemoryRow.of(encoded, module).tokens > 0
         )
         if not chosen:
             raise UserError(f"task '{ctx.task}': no row has a label token, so there is none to remember")
@@ -261,13 +264,11 @@ def memory_gradient(ctx: TaskContext, batch: Sequence[MemoryRow], layout: "Layou
         for start in range(0, longest, ctx.micro_batch):
             rows = mine[start : start + ctx.micro_batch]
             inputs = dict(ctx.collate([row.encoded for row in rows or batch[:1]]))
-            labels = inputs.pop("labels")
-            labels = labels if rows else torch.full_like(labels, -100)
-            logits = ctx.module_for_forward(**inputs).logits.float()
-            # Shifting the labels, not the logits, spares a copy of the logits.
-            following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            module, labels = ctx.module_for_forward, inputs["labels"]
+            logits = module(**unlabelled(module, inputs)).logits.float()
+            following = predicted(module, labels if rows else torch.full_like(labels, IGNORED))
             summed = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum"
+                logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum"
             )
             for total, found in zip(totals, ctx.gradients_of(summed, list(shapes)), strict=True):
                 if found is not None:

@@ -66,7 +66,9 @@ class OLora(Method):
     cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.14152"
     config_class: ClassVar[type[MethodConfig]] = OLoraConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), zero0_low_precision=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora",), full_deepspeed=(), zero0_low_precision=False, encoder_decoder=True
+    )
     starts_fresh: ClassVar[bool] = True
 
     config: OLoraConfig

@@ -19,4 +19,4 @@ class Seq(Method):
     summary: ClassVar[str] = "plain sequential tuning, the lower bound of every table"
     cost: ClassVar[str] = "none"
     config_class: ClassVar[type[MethodConfig]] = SeqConfig
-    support: ClassVar[Support] = Support(any_tuner=True, streaming=True)
+    support: ClassVar[Support] = Support(any_tuner=True, streaming=True, encoder_decoder=True)

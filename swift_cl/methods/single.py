@@ -19,5 +19,5 @@ class Single(Method):
     summary: ClassVar[str] = "a new adapter for every task, nothing carried over: the ceiling of New.ACC"
     cost: ClassVar[str] = "none"
     config_class: ClassVar[type[MethodConfig]] = SingleConfig
-    support: ClassVar[Support] = Support(any_tuner=True, streaming=True)
+    support: ClassVar[Support] = Support(any_tuner=True, streaming=True, encoder_decoder=True)
     starts_fresh: ClassVar[bool] = True

@@ -36,7 +36,7 @@ class Slao(Method):
     cost: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/2512.23017"
     config_class: ClassVar[type[MethodConfig]] = SlaoConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), encoder_decoder=True)
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
         check_plain_lora(self.name, ctx.parameters)

@@ -22,6 +22,9 @@ from swift_cl.training.trainer import TRAINERS
 from swift_cl.tuners.base import Tuner
 from swift_cl.tuners.registry import names, tuners
 
+BINARY_LOSS_SCALES = ("default", "last_round", "all")
+"""Values of `--loss_scale` that weigh no token; weights are applied to labels that are shifted."""
+
 
 @dataclasses.dataclass
 class _CommonArguments(SftArguments):
@@ -101,7 +104,43 @@ def parse_stage_arguments(argv: list[str]) -> tuple[Any, Stage | None]:
     tuner = tuner_of(given)
     if tuner is not None:
         check_tuner_support(args, tuner)
+    if method is not None and is_encoder_decoder(args):
+        check_encoder_decoder(args, method(method_config(args, method)), tuner)
     return args, previous
+
+
+def is_encoder_decoder(args: Any) -> bool:
+    """Whether the model answers with a decoder of its own, as its template says."""
+    from swift.template import TEMPLATE_MAPPING
+
+    return bool(args.template in TEMPLATE_MAPPING and TEMPLATE_MAPPING[args.template].template_cls.is_encoder_decoder)
+
+
+def check_encoder_decoder(args: Any, method: Method, tuner: type[Tuner] | None) -> None:
+    """Refuse what assumes that question and answer are one sequence, before a model is loaded."""
+    model = f"an encoder-decoder model (--template {args.template})"
+    if not method.supports().encoder_decoder:
+        able = ", ".join(name for name, other in methods().items() if other.support.encoder_decoder)
+        raise UserError(f"--cl_method {method.name} does not work with {model}, allowed: {able}")
+    if tuner is not None and not tuner.support.encoder_decoder:
+        raise UserError(f"--tuner_type {tuner.name} does not work with {model}; use lora or full")
+    refused = {
+        "packing": args.packing,
+        "padding_free": args.padding_free,
+        "sequence_parallel_size": args.sequence_parallel_size > 1,
+        "use_liger_kernel": args.use_liger_kernel,
+        "label_smoothing_factor": args.label_smoothing_factor,
+        "enable_dft_loss": args.enable_dft_loss,
+        "enable_channel_loss": args.enable_channel_loss,
+        "loss_type": args.loss_type,
+        "loss_scale": args.loss_scale not in BINARY_LOSS_SCALES,
+        "truncation_strategy": args.truncation_strategy == "split",
+    }
+    for flag, wrong in refused.items():
+        if wrong:
+            raise UserError(f"--{flag} {getattr(args, flag)} does not work with {model}")
+    if args.task_type != "causal_lm":
+        raise UserError(f"--task_type {args.task_type} does not work with {model}, allowed: causal_lm")
 
 
 def zero_stage(args: Any) -> int | None:

@@ -81,11 +81,8 @@ def complete_checkpoints(output_dir: Path) -> list[tuple[int, int, Path]]:
 def resumable_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint that also has what resuming needs, or None."""
     for _, _, folder in reversed(complete_checkpoints(output_dir)):
-        if (
-            any((folder / name).is_file() for name in OPTIMIZERS)
-            or any(folder.glob("global_step*"))
-            or any(folder.glob("portable/*"))
-        ):
+        written = any((folder / name).is_file() for name in OPTIMIZERS)
+        if written or any(folder.glob("global_step*")) or any(folder.glob("portable/*")):
             return folder
     return None
 

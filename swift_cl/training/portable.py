@@ -32,7 +32,7 @@ class Layout:
     """How a training is spread over processes, and where it stands.
 
     Attributes:
-        engine: `plain` (one process, DDP) or `zero0` to `zero3`.
+        engine: `plain` (one process, DDP), `zero0` to `zero3`, or `fsdp2`.
         micro_batch, accumulation: rows of a forward, forwards of a step, on one process.
         rows: of an epoch, (in its permutation, of these used); None where the data is streamed.
         step: optimizer steps done.
@@ -59,7 +59,8 @@ class Layout:
     @property
     def text(self) -> str:
         """For a message."""
-        engine = "no DeepSpeed" if self.engine == "plain" else f"--deepspeed {self.engine}"
+        flags = {"plain": "no DeepSpeed", "fsdp2": "--fsdp fsdp2"}
+        engine = flags.get(self.engine, f"--deepspeed {self.engine}")
         return f"{self.processes} process{'es' if self.processes > 1 else ''}, {engine}"
 
 
@@ -85,15 +86,19 @@ class Resumed:
     tensors: bool
 
 
-def load(checkpoint: Path, now: Layout, settings: Any) -> Resumed | None:
-    """Look at the checkpoint that a training will continue; None where swift_cl has not described it.
+def load(resumed_from: str | None, now: Layout, settings: Any) -> Resumed | None:
+    """Look at the checkpoint that a training will continue; None where there is none, or swift_cl has not described it.
 
     Args:
+        resumed_from: its folder.
         settings: ms-swift's arguments.
 
     Raises:
         UserError: it cannot be continued in this way.
     """
+    if not resumed_from:
+        return None
+    checkpoint = Path(resumed_from)
     file = checkpoint / FOLDER / FILE
     if not file.is_file():
         if now.engine == "plain" and any(checkpoint.glob("global_step*")):

@@ -104,6 +104,10 @@ class Session:
         return int(self.trainer.state.max_steps)
 
     @property
+    def schedule(self) -> float:
+        return float(self.trainer.lr_scheduler.get_last_lr()[0] / self.trainer.args.learning_rate)
+
+    @property
     def is_logging_step(self) -> bool:
         every = max(1, int(self.trainer.state.logging_steps or 1))
         return (self.step + 1) % every == 0 or self.step == 0
@@ -214,6 +218,12 @@ class Session:
             logger.warning(f"{self.method.name}: {message}")
 
     # --- what drives the method --------------------------------------------------------------------------------------
+
+    def spread(self, layout: Layout, resumed: Resumed | None, args: Any) -> None:
+        """Say how the training is spread over processes, and what it continues."""
+        self.layout, self.resumed = layout, resumed
+        self.micro_batch, self.global_batch = layout.micro_batch, layout.global_batch
+        self.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
 
     def prepare_rows(self, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on (rank 0). Keeps the task's own rows for statistics at its end."""

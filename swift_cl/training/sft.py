@@ -68,6 +68,8 @@ class CLSft(SwiftSft):
         args, self._previous = parse_stage_arguments(training.argv)
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
+        layout = portable.layout_of(args, distributed.launched_processes())
+        resumed = portable.load(args.resume_from_checkpoint, layout, args)
         distributed.start_deepspeed(args)
         distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
         super().__init__(args)
@@ -76,12 +78,10 @@ class CLSft(SwiftSft):
         self.session.phase, self.session.phases = training.phase, training.adapters
         self.session.template = self.template
         self.session.open_engine = self._open_engine
-        layout = portable.layout_of(args, distributed.launched_processes())
-        self.session.micro_batch, self.session.global_batch = layout.micro_batch, layout.global_batch
-        self.session.layout = layout
-        self.session.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
-        if args.resume_from_checkpoint:
-            self.session.resumed = portable.load(Path(args.resume_from_checkpoint), layout, args)
+        self.session.spread(layout, resumed, args)
+        before = self._previous.train.get("rows_a_step") if self._previous is not None else None
+        if before is not None and before != layout.global_batch:
+            self.session.notice(f"{layout.global_batch} rows a step, the stage before had {before}")
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)
@@ -256,6 +256,7 @@ class CLSft(SwiftSft):
                     "last_loss": losses[-1] if losses else None,
                     "seconds": round(time.time() - self._started, 1),
                     "processes": distributed.world()[1],
+                    "rows_a_step": self.session.global_batch,
                 },
                 probe=probe,
                 route=self.session.route_record() if self._training.last else None,

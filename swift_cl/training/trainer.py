@@ -165,6 +165,11 @@ class CLTrainerMixin:
             portable.save(folder / portable.FOLDER, layout, self, parameters)
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # transformers refuses FSDP2's files under another engine; `Session.attach` restores what they hold.
+        if self.cl_session.resumed is None or not self.cl_session.resumed.tensors:
+            super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         # The optimizer's files in the checkpoint are another engine's; `Session.attach` restores what they hold.
         resumed = self.cl_session.resumed

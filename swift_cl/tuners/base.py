@@ -42,6 +42,7 @@ class TunerSupport:
         fsdp: FSDP2.
         packing: `--packing` and `--padding_free`.
         quantized, sequence_parallel, multimodal: the ms-swift features of these names.
+        encoder_decoder: models like T5.
     """
 
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
@@ -50,6 +51,7 @@ class TunerSupport:
     quantized: bool = True
     sequence_parallel: bool = True
     multimodal: bool = True
+    encoder_decoder: bool = False
 
 
 class Tuner:

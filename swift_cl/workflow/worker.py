@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import write_json
+from swift_cl.models import register_models
 from swift_cl.tuners import register_tuners
 
 COMMAND = "SWIFT_CL_COMMAND"
@@ -81,6 +82,7 @@ def _run() -> None:
 sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 if __name__ in ("__main__", "__mp_main__"):  # not in the parent, which imports names from here and must stay light
     register_tuners()
+    register_models()
 
 if __name__ == "__main__":
     try:

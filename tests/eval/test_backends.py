@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from swift_cl.cli.eval_flags import options_from
+from swift_cl.cli.main import build_parser
 from swift_cl.errors import UserError
 from swift_cl.evaluation.plan import GridOptions, load_grid
 from swift_cl.serving import backends
@@ -112,6 +114,40 @@ def test_refused_environments(make_run, monkeypatch, found, backend, says):
     monkeypatch.setattr(backends, "installed", lambda python: found)
     with pytest.raises(UserError, match=says):
         flags(make_run(), backend)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "vllm-offline"])
+def test_vllm_over_several_gpus(make_run, packages, backend):
+    given = ["--vllm_tensor_parallel_size", "2", "--vllm_data_parallel_size", "4", "--server_args", "--vllm_gpu_x 1"]
+    args = build_parser().parse_args(["eval", "run", "--infer_backend", backend, *given])
+    options = options_from(args).server.options
+    argv = command(deployment(make_run()), options, "127.0.0.1", 1).argv
+    assert " ".join(argv).endswith("--vllm_tensor_parallel_size 2 --vllm_data_parallel_size 4 --vllm_gpu_x 1")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--infer_backend", "pt"], "--vllm_tensor_parallel_size=2 needs --infer_backend vllm or vllm-offline"),
+        (["--infer_backend", "vllm", "--base_url", "http://x/v1"], "--vllm_tensor_parallel_size is for starting one"),
+    ],
+)
+def test_gpus_where_vllm_is_not_started(given, says):
+    args = build_parser().parse_args(["eval", "run", "--vllm_tensor_parallel_size", "2", *given])
+    with pytest.raises(UserError, match=says):
+        options_from(args)
+
+
+def test_models_of_ours_are_served_by_pt_alone(make_run, packages):
+    t5 = replace(deployment(make_run()), model_args={"model_type": "t5", "template": "t5"})
+    served = command(t5, ServerOptions("pt"), "127.0.0.1", 1)
+    assert "--model_type t5 --template t5" in " ".join(served.argv)
+    assert served.env["SWIFT_CL_PLUGINS"] == "1"
+    for backend in ("vllm", "vllm-offline", "lmdeploy"):
+        with pytest.raises(UserError, match=f"^--infer_backend {backend} does not serve models of type t5; use pt$"):
+            command(t5, ServerOptions(backend), "127.0.0.1", 1)
+    with pytest.raises(UserError, match="a model of type t5 needs swift_cl in the server's environment"):
+        command(t5, ServerOptions("pt", "/elsewhere/python"), "127.0.0.1", 1)
 
 
 def test_offline_vllm_is_vllm_without_a_port(make_run, packages):

@@ -47,6 +47,18 @@ def test_one_process_continues_as_two_and_these_as_one(work: Path) -> None:
     assert apart(work / "1", work / "whole", work / "one_again") < ROUNDING
 
 
+def test_the_portable_copy_holds_all_that_another_engine_needs(work: Path) -> None:
+    """Weights, moments, steps and learning rate: as if DeepSpeed had written the checkpoint."""
+    folder = stop_after(work / "whole", 4, work / "copied")
+    checkpoint = folder / "checkpoint-4"
+    state = checkpoint / FOLDER / FILE
+    state.write_text(json.dumps({**json.loads(state.read_text()), "engine": "zero2"}))
+    for file in ("optimizer.pt", "scheduler.pt"):
+        (checkpoint / file).unlink()
+    alone(work, "copied")
+    assert apart(work / "1", work / "whole", folder) < ROUNDING
+
+
 def test_other_accumulation(work: Path) -> None:
     """The same number of rows a step in smaller pieces is the same training."""
     stop_after(work / "whole", 4, work / "pieces")

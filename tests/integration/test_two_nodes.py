@@ -1,9 +1,11 @@
-"""Two machines, played by two launchers on this one: the same command on each, told apart by NODE_RANK.
+"""Two machines, played by two launchers on this one: the same command on each, told apart by NODE_RANK; and a run whose
+next stage has another number of processes.
 
 On demand (SWIFT_CL_DISTRIBUTED=all): four trainings with two processes each.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -89,3 +91,24 @@ def test_recipe(tmp_path: Path) -> None:
     recipe = ["sh", str(ROOT / "train" / "qwen_train_lora.sh"), "--max_steps", "2"]
     on_two_nodes(recipe, {**settings, "PATH": path, "PYTHONPATH": str(ROOT)})
     assert [stage.train["processes"] for stage in load_run(tmp_path / "out").stages] == [2, 2]
+
+
+def test_the_next_stage_with_another_number_of_processes(tmp_path: Path) -> None:
+    """The command of a run that was stopped between two stages continues it with two processes instead of one."""
+    file = write_run_file(tmp_path, ["seq"], per_device_train_batch_size=2, max_steps=2)
+    command = swift_cl_command("run", str(file), "--mode", "train_only")
+    alone = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    run = tmp_path / "runs" / "seq"
+    first, second = load_run(run).stages
+    shutil.rmtree(second.dir)
+    two = {**environment(), "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+    more = subprocess.run(
+        [*command, "--set", "train.ddp_backend=gloo"], env=two, capture_output=True, text=True, timeout=600
+    )
+    assert more.returncode == 0, more.stderr[-3000:]
+    assert "stage 2022 is finished already" in more.stdout
+    assert "4 rows a step, the stage before had 2" in more.stdout + more.stderr
+    again = load_run(run).stages
+    assert again[0].weights_sha256 == first.weights_sha256 == again[1].started_from["weights_sha256"]  # type: ignore[index]
+    assert [stage.train["processes"] for stage in again] == [1, 2]

@@ -53,6 +53,10 @@ class CountCommunication(TrainerCallback):
         self._mode, self._steps = Collectives(), []
         self._mode.__enter__()
 
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if not self._steps:
+            self._mode.take()  # what was done once, when the training began
+
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._steps.append(self._mode.take())
 

@@ -1,4 +1,4 @@
-"""Which cells (engine, method) of the support table were run, by the tests themselves, and how that compares.
+"""Which cells (engine, method or tuner) of the support table were run, by the tests themselves, and how that compares.
 
 Every test of a cell leaves its outcome in build/engine_cells.json (`note`, called from tests/conftest.py); the newest
 counts. `python -m tests.support.engine_cells` prints what is declared and was not seen to pass at this commit; with
@@ -42,7 +42,7 @@ def commit() -> str:
 
 
 def declared() -> list[str]:
-    """The cells that methods declare, with the first tuner of each."""
+    """The cells that methods and tuners declare, as the matrix goes through them."""
     from tests.distributed.test_engines import cells
 
     return sorted([*(f"ddp {name}" for name in methods()), *(f"{engine} {cell.name}" for engine, cell in cells())])

@@ -33,28 +33,29 @@ def rows_file(folder: Path) -> Path:
     return path
 
 
-def layout(processes: int, deepspeed: str | None = None, accumulation: int = 1) -> dict[str, Any]:
+def layout(processes: int, engine: str | None = None, accumulation: int = 1) -> dict[str, Any]:
     """Flags for 4 rows a step."""
     spread = {
         "per_device_train_batch_size": 4 // processes // accumulation,
         "gradient_accumulation_steps": accumulation,
         "ddp_backend": "gloo" if processes > 1 else None,
     }
-    return {**spread, **({"deepspeed": deepspeed, **FP32} if deepspeed else {})}
+    flag = "fsdp" if engine == "fsdp2" else "deepspeed"
+    return {**spread, **({flag: engine, **FP32} if engine else {})}
 
 
 def train(
-    method: str, folder: Path, previous: Path, rows: Path, processes: int, deepspeed: str | None = None, **changes: Any
+    method: str, folder: Path, previous: Path, rows: Path, processes: int, engine: str | None = None, **changes: Any
 ) -> "subprocess.CompletedProcess[str]":
     """`swift-cl sft` with this many processes; what is in the folder is continued."""
     settings = {
         **SETTINGS,
         "dataset": str(rows),
-        **layout(processes, deepspeed, changes.pop("accumulation", 1)),
+        **layout(processes, engine, changes.pop("accumulation", 1)),
         **changes,
     }
     argv = stage_argv(method, TASKS[1], folder, previous, **settings)
-    return launch(argv, processes, {"DS_ACCELERATOR": "cpu"} if deepspeed else {})
+    return launch(argv, processes, {"DS_ACCELERATOR": "cpu"} if engine else {})
 
 
 def launch(argv: list[str], processes: int, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":

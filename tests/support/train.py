@@ -111,10 +111,12 @@ def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None =
 def train_stage(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> Any:
     """Train one stage here; returns the finished `CLSft`."""
     os.environ.setdefault("LOG_LEVEL", "ERROR")
+    from swift_cl.models import register_models
     from swift_cl.training.sft import CLSft
     from swift_cl.tuners import register_tuners
 
     register_tuners()
+    register_models()
     sft = CLSft(stage_argv(method, task, output_dir, previous, **changes))
     sft.main()
     return sft

@@ -36,12 +36,12 @@ def sharded(trained: bool = True) -> nn.Module:
     return fully_shard(module, mesh=mesh)
 
 
-def engine_of(module: nn.Module) -> FsdpEngine:
+def engine_of(module: nn.Module, weight: str = "0.weight") -> FsdpEngine:
     accelerator = SimpleNamespace(
         is_fsdp2=True, sync_gradients=True, unwrap_model=lambda model: model, optimizer_step_was_skipped=False
     )
     trainer: Any = SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False, model_wrapped=module)
-    engine = distributed.make_engine(trainer, {"w": module.get_parameter("0.weight")})
+    engine = distributed.make_engine(trainer, {"w": module.get_parameter(weight)})
     assert isinstance(engine, FsdpEngine)
     return engine
 
@@ -155,6 +155,22 @@ def the_first_ranks_value_counts_for_what_was_held_before() -> None:
     assert torch.equal(distributed.held_before(parameter, own), distributed.held(parameter))
 
 
+def checkpointed_layers_are_recomputed_with_the_same_masks() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import fully_shard
+
+    dropout, linear = nn.Dropout(0.5), nn.Linear(64, 3, bias=False)
+    kept: list[Tensor] = []
+    dropout.register_forward_hook(lambda module, inputs, output: kept.append(output.detach()))
+    # As accelerate wraps a layer.
+    module = nn.Sequential(checkpoint_wrapper(nn.Sequential(dropout, linear), preserve_rng_state=False))
+    fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (RANKS,)))
+    engine = engine_of(module, "0._checkpoint_wrapped_module.1.weight")
+    (found,) = engine.gradients_of(module(torch.ones(1, 64)).sum(), ["w"])
+    assert found is not None
+    assert torch.equal(found[0], kept[0][0])
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
     gradients_are_the_means_over_ranks,
     clipping_and_the_optimizer_see_what_was_written,
@@ -165,6 +181,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     a_forward_after_a_step_has_the_new_weights,
     a_frozen_parameter_takes_a_full_value,
     the_first_ranks_value_counts_for_what_was_held_before,
+    checkpointed_layers_are_recomputed_with_the_same_masks,
 )
 
 # --- two processes ---------------------------------------------------------------------------------------------------

@@ -44,9 +44,25 @@ def test_the_row_is_what_the_method_declares(method: str) -> None:
     found = methods()[method]
     assert cells["tuners"].split(", ") == list(found.support.tuners)
     assert cells["DeepSpeed ZeRO"] == zero_text(found.support)
+    assert cells["FSDP2"].startswith("yes" if found.support.fsdp else "no")
+    assert ("full" in cells["FSDP2"]) == (
+        "full" in found.support.tuners and found.support.full_fsdp != found.support.fsdp
+    )
     assert cells["what it does"] == found.summary != ""
     assert cells["extra cost per step"] == found.cost != ""
     assert cells["page"] == f"[{method}](assets/methods/{method}.md)"
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_what_it_sends_is_stated(method: str) -> None:
+    """On its page and in the table of assets/distributed.md; tests/integration/test_two_processes.py counts it."""
+    page = (ROOT / "assets" / "methods" / f"{method}.md").read_text(encoding="utf-8")
+    cost = page.partition("\n## Cost\n")[2].partition("\n## ")[0]
+    assert "Between processes a step sends " in cost
+    sent = (ROOT / "assets" / "distributed.md").read_text(encoding="utf-8").partition("## What is sent")[2]
+    table = sent.partition("**Under ZeRO")[0]
+    rows = [row for row in table.splitlines() if row.startswith("| `") and f"`{method}`" in row.split("|")[1]]
+    assert len(rows) == 1
 
 
 def test_a_plug_in_that_states_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +71,7 @@ def test_a_plug_in_that_states_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("swift_cl.cli.methods_table.methods", lambda: {"plain": Plain})
     row = methods_table().splitlines()[2]
-    assert row == f"| `plain` | Plain | lora, full | 0-3 | not stated | `{__name__}` |"
+    assert row == f"| `plain` | Plain | lora, full | 0-3 | yes | not stated | `{__name__}` |"
 
 
 def test_cells_that_ran_are_compared_with_the_declarations(
