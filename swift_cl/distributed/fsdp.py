@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from swift_cl.distributed.engine import gradients_of
 from swift_cl.distributed.plain import PlainEngine
 from swift_cl.distributed.processes import world
-from swift_cl.distributed.tensors import full_tensor, held, is_sharded, part_of, plain_name
+from swift_cl.distributed.tensors import full_tensor, held, is_sharded, part_of
 from swift_cl.errors import RunFailure
 
 if TYPE_CHECKING:
@@ -185,15 +185,6 @@ def agree_on_start(model: Any, device: Any) -> None:
             value = parameter.detach().to(device)
             torch.distributed.broadcast(value, src=0)
             parameter.data.copy_(value)
-
-
-def second_names(model: Any) -> set[str]:
-    """Names under which a parameter is found once more (tied weights).
-
-    Gathered, they are two tensors, which would both be written: transformers knows tied ones by their memory.
-    """
-    every = {plain_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
-    return every - {plain_name(name) for name, _ in model.named_parameters()}
 
 
 def _is_set(variable: str) -> bool:

@@ -43,6 +43,9 @@ class AdaLoRA(Tuner):
         "adalora_init_r", "adalora_target_r", "adalora_beta1", "adalora_beta2", "adalora_deltaT",
         "adalora_orth_reg_weight", "adalora_tinit", "adalora_tfinal",
     )  # fmt: skip
+    # The penalty uses A and B beside the layers: a reentrant checkpoint would give them their gradients in two parts,
+    # and DeepSpeed takes the first for all.
+    defaults: ClassVar[Mapping[str, str]] = {"gradient_checkpointing_kwargs": '{"use_reentrant": false}'}
     fixed: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "lora_alpha",
         "adalora_init_r": "init_r",
