@@ -78,10 +78,11 @@ def full_state_dict(trainer: Any) -> "dict[str, Tensor]":
     """
     state: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if state:
-        # A weight that has two names is one tensor: accelerate copies each for DeepSpeed, and both would be saved.
+        # A weight that has two names is one tensor: accelerate copies each, and both would be saved.
         first: dict[int, str] = {}
         module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        for name, parameter in module.named_parameters(remove_duplicate=False):
+        for live, parameter in module.named_parameters(remove_duplicate=False):
+            name = plain_name(live)
             shared = first.setdefault(id(parameter), name)
             if shared != name and name in state and shared in state:
                 state[name] = state[shared]
