@@ -57,6 +57,7 @@ def _methods() -> list[dict[str, Any]]:
             "cost": method.cost,
             "tuners": list(dict.fromkeys([*method.support.tuners, *(names() if method.support.any_tuner else ())])),
             "deepspeed": [f"zero{stage}" for stage in method.support.deepspeed],
+            "fsdp2": method.support.fsdp,
             "packing": method.support.packing,
             "quantized": method.support.quantized,
             "encoder_decoder": method.support.encoder_decoder,

@@ -116,6 +116,7 @@ class TaskContext(Protocol):
         max_steps: number of optimizer steps of the task.
         micro_batch: rows per device and forward in training; a method's own forwards take no more.
         global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
+        schedule: what the learning rate's schedule makes of it in this step, 1 for all of it.
         is_logging_step: whether values logged now will be shown.
         channels: in `forward` and `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
         token_weights: in `loss`, the weight of every label (`--loss_scale`), [batch, length]; None where all count 1.
@@ -149,6 +150,8 @@ class TaskContext(Protocol):
     def micro_batch(self) -> int: ...
     @property
     def global_batch(self) -> int: ...
+    @property
+    def schedule(self) -> float: ...
     @property
     def is_logging_step(self) -> bool: ...
     @property

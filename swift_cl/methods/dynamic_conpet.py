@@ -43,13 +43,17 @@ class DynamicConpetConfig(MethodConfig):
     route_batch: int = setting(32, "Questions in one forward of the selector at inference, >= 1.")
 
     def validate(self) -> None:
+        self.check("dynamic_conpet")
+
+    def check(self, method: str) -> None:
+        """Refuse values out of range."""
         for name in ("selector_rank", "batch_limit", "memory", "route_batch"):
             if getattr(self, name) < 1:
-                self.fail("dynamic_conpet", name, "a whole number >= 1")
+                self.fail(method, name, "a whole number >= 1")
         if not 0 < self.lr < math.inf:
-            self.fail("dynamic_conpet", "lr", "a number > 0")
+            self.fail(method, "lr", "a number > 0")
         if not 0 < self.mix < 1:
-            self.fail("dynamic_conpet", "mix", "a number in (0, 1)")
+            self.fail(method, "mix", "a number in (0, 1)")
 
 
 class DynamicConpet(Method):
@@ -105,7 +109,8 @@ class DynamicConpet(Method):
         try:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(SELECTOR in name.split("."))
-            lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            # A model that classifies gets a copy of its head with every adapter; the selector has a head of its own.
+            lora = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
             with AdapterSwitch(model).active(SELECTOR):
                 head = self._head(ctx, prompts, before)
                 loss = self._steps(ctx, prompts, lora, head)
@@ -176,7 +181,7 @@ class DynamicConpet(Method):
                 total = float(_reduce(ctx, trained, gradients, value))
                 optimizer.step()
         if not math.isfinite(total):
-            raise RunFailure(f"the selector's loss is {total} after task '{ctx.task}'; lower --dynamic_conpet_lr")
+            raise RunFailure(f"the selector's loss is {total} after task '{ctx.task}'; lower --{self.name}_lr")
         guessing = math.log(len(prompts))
         ctx.notice(f"the selector of {len(prompts)} tasks ends with a loss of {total:.3g}; guessing has {guessing:.3g}")
         return total
@@ -246,10 +251,13 @@ def _save(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
-    state = get_peft_model_state_dict(model, adapter_name=SELECTOR, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, adapter_name=SELECTOR, save_embedding_layers=False)
+    state = {name: tensor for name, tensor in found.items() if "lora_" in name}
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / ADAPTER_FILE) as stream:
         stream.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
     config = copy.deepcopy(model.peft_config[SELECTOR])
     config.inference_mode = True
+    if config.modules_to_save:
+        config.modules_to_save, config.task_type = None, None  # a LoRA and no head, on whatever model it is loaded
     config.save_pretrained(str(folder))

@@ -11,7 +11,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import stored_adapter
-from swift_cl.methods._classes import ClassTable, parse_labels
+from swift_cl.methods._classes import ClassTable, parse_labels, refuse_images
 from swift_cl.methods._draws import seed32
 from swift_cl.methods.base import Method, MethodConfig, Phase, Support, TaskContext, TrainingRow, setting
 
@@ -136,9 +136,7 @@ class SeqStar(Method):
         return (Phase(WARMUP, flags), Phase(""))
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
-        shown = next((number for number, row in enumerate(rows) if row.get("images")), None)
-        if shown is not None:
-            raise UserError(f"method '{self.name}' classifies text, but row {shown} of task '{ctx.task}' has images")
+        refuse_images(self.name, ctx.task, rows)
         return self.classes.labelled(ctx.task, rows)
 
     # --- which classes ---------------------------------------------------------------------------------------------

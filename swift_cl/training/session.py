@@ -104,6 +104,10 @@ class Session:
         return int(self.trainer.state.max_steps)
 
     @property
+    def schedule(self) -> float:
+        return float(self.trainer.lr_scheduler.get_last_lr()[0] / self.trainer.args.learning_rate)
+
+    @property
     def is_logging_step(self) -> bool:
         every = max(1, int(self.trainer.state.logging_steps or 1))
         return (self.step + 1) % every == 0 or self.step == 0

@@ -166,6 +166,7 @@ class CLTrainerMixin:
         return super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # transformers refuses FSDP2's files under another engine; `Session.attach` restores what they hold.
         if self.cl_session.resumed is None or not self.cl_session.resumed.tensors:
             super()._load_from_checkpoint(*args, **kwargs)  # type: ignore[misc]
 

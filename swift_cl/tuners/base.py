@@ -70,6 +70,7 @@ class Tuner:
         fixed: flag -> key of `adapter_config.json`: what a later task may not change.
         required: flag -> value of ms-swift's that it needs: set where it is not given, refused where it differs.
         defaults: flag -> value that replaces ms-swift's default where nothing is given.
+        no_lora: why none of its adapters is a plain LoRA, for those that do not override `as_lora`.
     """
 
     name: ClassVar[str]
@@ -85,6 +86,7 @@ class Tuner:
     fixed: ClassVar[Mapping[str, str]] = {}
     required: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, str]] = {}
+    no_lora: ClassVar[str] = "what it adds to a layer is no product of two matrices"
 
     @classmethod
     def flags(cls) -> Flags:
@@ -135,9 +137,35 @@ class Tuner:
         return tensors
 
     @classmethod
+    def as_lora(cls, tensors: "Mapping[str, Tensor]", config: Mapping[str, Any]) -> "dict[str, LoraPair]":
+        """What an adapter adds, as y += scale B A x, by the name of the layer; exactly, or not at all.
+
+        Args:
+            tensors: of the file, by the names in it.
+            config: the content of adapter_config.json.
+
+        Raises:
+            UserError: no LoRA computes the same; the message says why.
+        """
+        raise UserError(f"--tuner_type {cls.name} has no plain LoRA: {cls.no_lora}")
+
+    @classmethod
     def base_of(cls, model: Any) -> Any:
         """The base model as it was before `prepare_model` or `load`."""
         return model.unload()
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One layer of a LoRA: y += scale B A x.
+
+    Attributes:
+        a: [rank, in]; b: [out, rank]; scale: what PEFT computes as lora_alpha / rank.
+    """
+
+    a: "Tensor"
+    b: "Tensor"
+    scale: float
 
 
 PLAIN_LORA_ONLY: dict[str, tuple[str, ...]] = {

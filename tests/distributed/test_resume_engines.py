@@ -29,6 +29,7 @@ CHAIN = [
     ("zero3", 6, "zero2_again", 2, "zero2"),
     ("zero3", 6, "one_again", 1, None),
     (WHOLE, 4, "fsdp2", 2, "fsdp2"),
+    ("fsdp2", 6, "fsdp2_again", 2, "fsdp2"),
     ("fsdp2", 6, "one_after_fsdp2", 1, None),
     ("fsdp2", 6, "zero3_after_fsdp2", 2, "zero3"),
 ]

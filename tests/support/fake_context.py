@@ -71,7 +71,7 @@ class FakeContext:
         self.system: str | None = None
         self.step, self.max_steps = 0, 100
         self.micro_batch, self.global_batch = 4, 8
-        self.is_logging_step = True
+        self.is_logging_step, self.schedule = True, 1.0
         self.logged: dict[str, float] = {}
         self.notices: list[str] = []
         self.records: dict[str, Any] = {}

@@ -67,11 +67,17 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
         "lfpt5_max_rounds": 1,
         "lfpt5_min_fill": 0.0,
     },
+    "dynamic_conpet_cls": {
+        "dynamic_conpet_cls_labels": str(CLASSES / "labels.json"),
+        "dynamic_conpet_cls_batch_limit": 3,
+        "dynamic_conpet_cls_memory": 8,
+    },
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task, or is kept in another form than it is trained in.
 MORE_THAN_THE_TASK = (
-    "abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt", "sdft", "seq_star",
+    "abscl", "cl_moe", "dynamic_conpet_cls", "l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt", "sdft",
+    "seq_star",
 )  # fmt: skip
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")

@@ -131,3 +131,17 @@ def test_one_process() -> None:
     tensor = torch.ones(2)
     assert distributed.all_reduce_sum(tensor) is tensor
     distributed.barrier()
+
+
+def test_a_weight_with_two_names_is_one_tensor_of_the_state() -> None:
+    """What accelerate gives for DeepSpeed are copies, and a file would hold both."""
+    module = nn.Module()
+    module.embed, module.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    module.head.weight = module.embed.weight
+    asked = trainer()
+    asked.accelerator.unwrap_model = lambda wrapped: wrapped
+    asked.accelerator.get_state_dict = lambda wrapped: {n: t.clone() for n, t in wrapped.state_dict().items()}
+    asked.model_wrapped = module
+    state = distributed.full_state_dict(asked)
+    assert list(state) == ["embed.weight", "head.weight"]
+    assert state["embed.weight"] is state["head.weight"]

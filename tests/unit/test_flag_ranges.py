@@ -22,6 +22,7 @@ from swift_cl.tuners.registry import tuners
 INTERVAL = re.compile(r"\b[Ii]n ([\[(])([\d.]+), ([\d.]+)([\])])")
 FROM_TO = re.compile(r"\b(\d+) to (\d+)\b")
 ABOVE = re.compile(r"(>=|>) (\d+(?:\.\d+)?)")
+BELOW = re.compile(r"< (\d+)\b")
 SPECIAL = re.compile(r"(?:^|[\s;,(])(-?\d+(?:\.\d+)?) (?:is|for|uses|=|trains|takes|leaves)\b")
 """Values beside the range that a help text gives a meaning: "0 is all"."""
 
@@ -70,6 +71,8 @@ def out_of_range(flag: Flag) -> list[str]:
         found.append(repr(float(high) + 1e-6) if end == "]" else high)
     elif match := ABOVE.search(flag.help):
         found += below(float(match[2]), match[1] == ">=", flag)
+    elif match := BELOW.search(flag.help):
+        found += [match[1], str(int(match[1]) + 2)]
     elif match := FROM_TO.search(flag.help):
         found += [str(int(match[1]) - 1), "-2", str(int(match[2]) + 1)]
     else:

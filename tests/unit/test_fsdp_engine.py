@@ -5,9 +5,11 @@ other one. `training`, with ms-swift around it, is in tests/distributed.
 """
 
 import json
+import os
 import socket
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,12 +38,12 @@ def sharded(trained: bool = True) -> nn.Module:
     return fully_shard(module, mesh=mesh)
 
 
-def engine_of(module: nn.Module) -> FsdpEngine:
+def engine_of(module: nn.Module, weight: str = "0.weight") -> FsdpEngine:
     accelerator = SimpleNamespace(
         is_fsdp2=True, sync_gradients=True, unwrap_model=lambda model: model, optimizer_step_was_skipped=False
     )
     trainer: Any = SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False, model_wrapped=module)
-    engine = distributed.make_engine(trainer, {"w": module.get_parameter("0.weight")})
+    engine = distributed.make_engine(trainer, {"w": module.get_parameter(weight)})
     assert isinstance(engine, FsdpEngine)
     return engine
 
@@ -155,6 +157,58 @@ def the_first_ranks_value_counts_for_what_was_held_before() -> None:
     assert torch.equal(distributed.held_before(parameter, own), distributed.held(parameter))
 
 
+def checkpointed_layers_are_recomputed_with_the_same_masks() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.fsdp import fully_shard
+
+    dropout, linear = nn.Dropout(0.5), nn.Linear(64, 3, bias=False)
+    kept: list[Tensor] = []
+    dropout.register_forward_hook(lambda module, inputs, output: kept.append(output.detach()))
+    # As accelerate wraps a layer.
+    module = nn.Sequential(checkpoint_wrapper(nn.Sequential(dropout, linear), preserve_rng_state=False))
+    fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (RANKS,)))
+    engine = engine_of(module, "0._checkpoint_wrapped_module.1.weight")
+    (found,) = engine.gradients_of(module(torch.ones(1, 64)).sum(), ["w"])
+    assert found is not None
+    assert torch.equal(found[0], kept[0][0])
+
+
+def sampling_goes_on_until_every_rank_has_its_answers() -> None:
+    """A rank that stopped earlier would leave the others alone in a forward, which needs all."""
+    from torch.distributed.fsdp import fully_shard
+
+    from swift_cl.generation.live import sample
+    from tests.support.tiny_lora import language_model
+
+    model = language_model()
+    settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 5, "at_once": 1}
+    every, none = list(range(64)), [63]
+    alone = sample(model, [[1, 2, 3]], [0], stop_tokens=none, **settings)
+    mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh)
+    first = distributed.world()[0] == 0
+    found = sample(model, [[1, 2, 3]], [0], stop_tokens=every if first else none, **settings)
+    assert found == ([alone[0][:1]] if first else alone)
+    assert len(alone[0]) == 5
+
+
+def all_ranks_start_with_what_the_first_one_drew() -> None:
+    module = nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    drawn = START if distributed.world()[0] == 0 else START * 2
+    with torch.no_grad():
+        module.weight.copy_(drawn)
+        module.bias.fill_(distributed.world()[0])
+    os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true", "true"
+    distributed.agree_on_start(module, "cpu")
+    assert torch.equal(module.weight, drawn)  # accelerate will spread the first one's
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    distributed.agree_on_start(module, "cpu")
+    assert torch.equal(module.weight, START)
+    assert module.bias.tolist() == [distributed.world()[0]] * 3
+
+
 CHECKS: tuple[Callable[[], None], ...] = (
     gradients_are_the_means_over_ranks,
     clipping_and_the_optimizer_see_what_was_written,
@@ -165,6 +219,9 @@ CHECKS: tuple[Callable[[], None], ...] = (
     a_forward_after_a_step_has_the_new_weights,
     a_frozen_parameter_takes_a_full_value,
     the_first_ranks_value_counts_for_what_was_held_before,
+    checkpointed_layers_are_recomputed_with_the_same_masks,
+    all_ranks_start_with_what_the_first_one_drew,
+    sampling_goes_on_until_every_rank_has_its_answers,
 )
 
 # --- two processes ---------------------------------------------------------------------------------------------------
@@ -173,7 +230,8 @@ CHECKS: tuple[Callable[[], None], ...] = (
 def process(rank: int, port: int, folder: str) -> None:
     """Run every check; what fails is written down, for pytest to say in its own process."""
     address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    patience = timedelta(seconds=60)  # for a rank that the other one has left alone
+    torch.distributed.init_process_group("gloo", address, patience, world_size=RANKS, rank=rank)
     failures = {}
     for check in CHECKS:
         try:

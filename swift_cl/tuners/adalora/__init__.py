@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, Tuner, TunerSettings, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, LoraPair, Tuner, TunerSettings, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,9 @@ class AdaLoRA(Tuner):
         "adalora_init_r", "adalora_target_r", "adalora_beta1", "adalora_beta2", "adalora_deltaT",
         "adalora_orth_reg_weight", "adalora_tinit", "adalora_tfinal",
     )  # fmt: skip
+    # The penalty uses A and B beside the layers: a reentrant checkpoint would give them their gradients in two parts,
+    # and DeepSpeed takes the first for all.
+    defaults: ClassVar[Mapping[str, str]] = {"gradient_checkpointing_kwargs": '{"use_reentrant": false}'}
     fixed: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "lora_alpha",
         "adalora_init_r": "init_r",
@@ -115,6 +118,25 @@ class AdaLoRA(Tuner):
         save_importance(model, folder)
         with whole(model):
             super().save(model, folder, state)
+
+    @classmethod
+    def as_lora(cls, tensors: "Mapping[str, Tensor]", config: Mapping[str, Any]) -> "dict[str, LoraPair]":
+        """A' = E o A without the triplets that are off, scaled as PEFT scales: by alpha / (init_r + 1e-5)."""
+        pairs = {}
+        for name, e in tensors.items():
+            layer, is_e, _ = name.partition(".lora_E")
+            if not is_e:
+                continue
+            a, b = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"]
+            if len(a) != config["init_r"]:
+                raise UserError(
+                    f"{layer} has {len(a)} triplets, not init_r ({config['init_r']}): not a file of swift_cl"
+                )
+            kept = e[:, 0] != 0
+            alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]
+            scale = alpha / (config["init_r"] + 1e-5)
+            pairs[layer] = LoraPair((a.float() * e.float())[kept], b.float()[:, kept], scale)
+        return pairs
 
     @classmethod
     def live_tensors(cls, model: Any) -> "dict[str, Tensor]":
