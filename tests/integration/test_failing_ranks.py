@@ -66,13 +66,15 @@ def test_a_rank_that_fails_ends_all(plugin: dict[str, str], tmp_path: Path, at: 
     assert time.time() - read_json(folder / STAMP) < MINUTE
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("swift-cl: ")]
-    expected = f"rank {rank} of 2: ValueError: injected in {at}; the traceback is above"
+    expected = [f"rank {rank} of 2: ValueError: injected in {at}; the traceback is above"]
     if how == "die":
-        expected = "the training ended with exit code 1; its output is above"
-    assert lines[-1:] == [f"swift-cl: failed: {expected}"]
+        # It says nothing itself; the other one does, if torchrun leaves it the time.
+        lost = "rank 0 of 2: lost the connection to another rank, which was killed (out of memory?) or whose machine is"
+        expected = [f"{lost} gone", "the training ended with exit code 1; its output is above"]
+    assert lines[-1] in [f"swift-cl: failed: {text}" for text in expected]
     assert running(folder) == []
     assert not (folder / "stage.json").exists()
-    assert not list(folder.glob("cl_state/faulty.json"))
+    assert rank == 1 or not list(folder.glob("cl_state/faulty.json"))
     if ALL:
         again = train(plugin, folder)
         assert again.returncode == 0, again.stderr[-3000:]
