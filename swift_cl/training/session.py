@@ -105,7 +105,8 @@ class Session:
 
     @property
     def schedule(self) -> float:
-        return float(self.trainer.lr_scheduler.get_last_lr()[0] / self.trainer.args.learning_rate)
+        group = self.trainer.optimizer.param_groups[0]
+        return float(group["lr"] / group["initial_lr"]) if group["initial_lr"] else 0.0
 
     @property
     def is_logging_step(self) -> bool:
