@@ -63,6 +63,7 @@ class DynamicConpetCls(DynamicConpet):
     support: ClassVar[Support] = Support(
         tuners=("lora",),
         full_deepspeed=(),
+        fsdp=False,
         packing=False,
         quantized=False,
         sequence_parallel=False,
