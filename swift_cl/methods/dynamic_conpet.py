@@ -109,8 +109,7 @@ class DynamicConpet(Method):
         try:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(SELECTOR in name.split("."))
-            # A model that classifies gets a copy of its head with every adapter; the selector has a head of its own.
-            lora = [p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name]
+            lora = [parameter for parameter in model.parameters() if parameter.requires_grad]
             with AdapterSwitch(model).active(SELECTOR):
                 head = self._head(ctx, prompts, before)
                 loss = self._steps(ctx, prompts, lora, head)
@@ -124,17 +123,19 @@ class DynamicConpet(Method):
                 parameter.requires_grad_(trained)
 
     def _add(self, ctx: TaskContext, model: Any) -> None:
-        from peft import set_peft_model_state_dict
+        from peft import PeftModel, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         config = copy.deepcopy(model.peft_config[TRAINED])
         config.lora_alpha = config.lora_alpha * self.config.selector_rank / config.r
         config.r, config.lora_dropout, config.init_lora_weights = self.config.selector_rank, 0.0, True
-        config.rank_pattern, config.alpha_pattern = {}, {}
+        config.rank_pattern, config.alpha_pattern, config.modules_to_save = {}, {}, None
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed32(self.name, ctx.seed, ctx.task))
-            model.add_adapter(SELECTOR, config)
+            # Not `model.add_adapter`: a model that classifies would get a copy of its head too, of which ZeRO-3 knows
+            # nothing. The selector has a head of its own.
+            PeftModel.add_adapter(model, SELECTOR, config)
         previous = ctx.earlier[-1].state_dir / SELECTOR / ADAPTER_FILE
         if self.config.selector_init == "previous" and len(ctx.earlier) > 1:
             if not previous.is_file():
@@ -251,13 +252,12 @@ def _save(model: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save
 
-    found = get_peft_model_state_dict(model, adapter_name=SELECTOR, save_embedding_layers=False)
-    state = {name: tensor for name, tensor in found.items() if "lora_" in name}
+    state = get_peft_model_state_dict(model, adapter_name=SELECTOR, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / ADAPTER_FILE) as stream:
         stream.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
     config = copy.deepcopy(model.peft_config[SELECTOR])
     config.inference_mode = True
-    if config.modules_to_save:
-        config.modules_to_save, config.task_type = None, None  # a LoRA and no head, on whatever model it is loaded
+    if config.task_type == "SEQ_CLS":
+        config.task_type = None  # else it would want a head on the model that it is loaded on
     config.save_pretrained(str(folder))

@@ -112,7 +112,7 @@ def test_a_partitioned_parameter_is_cut_by_its_real_shape() -> None:
     empty, whole = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(2))
     empty.ds_shape = torch.Size([2, 2])  # type: ignore[attr-defined]
     written: list[tuple[int, torch.Tensor]] = []
-    view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)))
+    view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)), None)
     view.set_flat(torch.arange(6.0))
     assert [(i, value.tolist()) for i, value in written] == [(id(empty), [[0, 1], [2, 3]]), (id(whole), [4, 5])]
 
