@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState
+from swift_cl.methods._phase import Phase as Phase
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
 from swift_cl.methods._support import Support as Support
 from swift_cl.settings import Settings, flags_of_settings
@@ -41,25 +42,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 TrainingRow = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One of the trainings of a stage, on the same rows and in the same command.
-
-    Attributes:
-        name: unique within the stage; `ctx.phase` while it runs.
-        flags: what differs from the stage's own flags. A phase before the last may name another `cl_method` and what
-            that one needs: it is then a first stage of that method, from the base model, and gets no flag of this one.
-    """
-
-    name: str
-    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def other_method(self) -> bool:
-        """Whether it is a stage of another method."""
-        return "cl_method" in self.flags
 
 
 @dataclass

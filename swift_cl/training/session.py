@@ -19,26 +19,12 @@ from swift_cl.io import MethodState, load_method_state, save_method_state, sha25
 from swift_cl.methods._adapters import TRAINED, is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
+from swift_cl.training.before import earlier_tasks, is_model_input, parameter_name
 from swift_cl.training.checkpointing import differentiable_checkpointing
 from swift_cl.training.portable import Layout, Resumed, restore
 from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
-
-
-def parameter_name(name: str) -> str:
-    """A name without wrapper prefixes and adapter name, the same under every engine and in every stage."""
-    return distributed.plain_name(name).removeprefix("base_model.model.").replace(".default.", ".")
-
-
-def earlier_tasks(previous: Stage | None) -> list[EarlierTask]:
-    """The stages before this one, oldest first, found by following `started_from`."""
-    chain: list[EarlierTask] = []
-    stage = previous
-    while stage is not None:
-        chain.insert(0, EarlierTask(stage.task, stage.dir, stage.weights_dir, stage.state_dir))
-        stage = load_stage((stage.dir / stage.started_from["dir"]).resolve()) if stage.started_from else None
-    return chain
 
 
 class Session:
@@ -174,7 +160,7 @@ class Session:
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = self.trainer.data_collator(list(encoded))
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if _is_model_input(k)}
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if is_model_input(k)}
 
     def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:
         assert self.open_engine is not None
@@ -411,7 +397,3 @@ class Session:
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method defines a hook itself; hooks left alone cost nothing."""
     return getattr(type(method), hook) is not getattr(Method, hook)
-
-
-def _is_model_input(key: str) -> bool:
-    return key in ("input_ids", "attention_mask", "labels", "position_ids") or key.startswith(("pixel_", "image_"))

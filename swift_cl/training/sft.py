@@ -21,6 +21,7 @@ from swift_cl.methods.registry import get_method
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, WEIGHTS, Stage
 from swift_cl.training import portable
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
+from swift_cl.training.before import parameter_name
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
 from swift_cl.training.engines import SHARED_BACKENDS, open_engine
@@ -28,7 +29,7 @@ from swift_cl.training.flags import flag_values
 from swift_cl.training.phases import Training, drop_phases, train_phases
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
-from swift_cl.training.session import Session, overrides, parameter_name
+from swift_cl.training.session import Session, overrides
 from swift_cl.training.trainer import TRAINERS
 from swift_cl.tuners.registry import settings_of, tuners
 

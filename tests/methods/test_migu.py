@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from swift_cl.errors import UserError
 from swift_cl.methods.migu import Migu, MiguConfig, unit_mask
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.ranks import on_ranks
 from tests.support.tiny_lora import continued, language_model, stage_adapter
