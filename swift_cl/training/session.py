@@ -159,7 +159,8 @@ class Session:
         return sorted(found - {None})
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.trainer.data_collator(list(encoded))
+        # Copies: ms-swift's collator takes the pictures out of the rows, which a method may collate again.
+        batch = self.trainer.data_collator([dict(row) for row in encoded])
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if is_model_input(k)}
 
     def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:

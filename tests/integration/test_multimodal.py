@@ -71,6 +71,16 @@ def test_every_method_trains_on_pictures(method: str, shown: Shown, tmp_path: Pa
     assert any(name not in one or not torch.equal(one[name], two[name]) for name in two)
 
 
+def test_a_row_is_collated_again_with_its_picture(shown: Shown, tmp_path: Path) -> None:
+    """As a method's memory does at every step."""
+    session = train_stage("seq", "colour", tmp_path / "1", **{**data(shown, "colour"), "max_steps": 1}).session
+    encoded = session.encode(session.rows[:2])
+    first, again = session.collate(encoded), session.collate(encoded)
+    assert "pixel_values" in first
+    assert first.keys() == again.keys()
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+
+
 @pytest.mark.parametrize("method", sorted(filter(refuses, methods())))
 def test_methods_of_text_alone_refuse_pictures(method: str, shown: Shown, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=refuses(method)):
