@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.engine import Engine, GradientView, functional_forward
-from swift_cl.distributed.fsdp import FsdpEngine, loaded_whole, start_fsdp
+from swift_cl.distributed.fsdp import FsdpEngine, agree_on_start, holds_weights, loaded_whole, start_fsdp
 from swift_cl.distributed.plain import PlainEngine
 from swift_cl.distributed.processes import all_reduce_sum, barrier, gather_json, launched_processes, node, world
 from swift_cl.distributed.tensors import (
@@ -32,6 +32,7 @@ __all__ = [
     "FsdpEngine",
     "GradientView",
     "PlainEngine",
+    "agree_on_start",
     "all_reduce_sum",
     "barrier",
     "copy_into",
@@ -43,6 +44,7 @@ __all__ = [
     "gather_together",
     "held",
     "held_before",
+    "holds_weights",
     "is_partitioned",
     "launched_processes",
     "loaded_whole",
@@ -75,4 +77,13 @@ def full_state_dict(trainer: Any) -> "dict[str, Tensor]":
     Under ZeRO-3 frozen ones of a PEFT model may be missing; see `whole_under_zero3`.
     """
     state: dict[str, Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if state:
+        # A weight that has two names is one tensor: accelerate copies each, and both would be saved.
+        first: dict[int, str] = {}
+        module = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        for live, parameter in module.named_parameters(remove_duplicate=False):
+            name = plain_name(live)
+            shared = first.setdefault(id(parameter), name)
+            if shared != name and name in state and shared in state:
+                state[name] = state[shared]
     return state

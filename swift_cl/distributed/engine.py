@@ -29,6 +29,19 @@ class Engine(Protocol):
     def weights(self) -> "dict[str, Tensor]":
         """Full fp32 weights by name; may alias live ones."""
 
+    def live_weights(self) -> "dict[str, Tensor]":
+        """Full weights as a forward has them, in fp32; exchanged only where this process does not hold them whole."""
+
+    def weight_parts(self) -> "dict[str, Tensor]":
+        """What this process's optimizer steps on, fp32 by name: parts of the weights, or all of them."""
+
+    def parts_of(self, full: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """Full tensors of parameters cut as `weight_parts` are, fp32."""
+
+    @property
+    def spread(self) -> bool:
+        """Whether the processes' parts are different ones, and together all."""
+
     @property
     def module(self) -> Any:
         """The unwrapped module for extra forwards."""
@@ -69,8 +82,9 @@ class GradientView:
         parameters: "Mapping[str, nn.Parameter]",
         read: "Callable[[nn.Parameter], Tensor]",
         write: "Callable[[nn.Parameter, Tensor], None]",
+        add: "Callable[[nn.Parameter, Tensor], None]",
     ) -> None:
-        self._parameters, self._read, self._write = parameters, read, write
+        self._parameters, self._read, self._write, self._add = parameters, read, write, add
 
     @property
     def names(self) -> list[str]:
@@ -81,6 +95,9 @@ class GradientView:
 
     def __setitem__(self, name: str, value: "Tensor") -> None:
         self._write(self._parameters[name], value)
+
+    def add_part(self, name: str, part: "Tensor") -> None:
+        self._add(self._parameters[name], part)
 
     def flat(self) -> "Tensor":
         return torch.cat([self[name].reshape(-1) for name in self._parameters])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.engine import gradients_of
 from swift_cl.distributed.plain import PlainEngine
+from swift_cl.distributed.processes import world
 from swift_cl.distributed.tensors import full_tensor, held, is_sharded, part_of
 from swift_cl.errors import RunFailure
 
@@ -23,7 +24,9 @@ else:
     torch = LazyModule("torch")
 
 USED = "ACCELERATE_USE_FSDP"
-"""Environment variable that ms-swift sets; transformers and it load models differently then."""
+EFFICIENT = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+"""Environment variables that ms-swift sets; with the first, transformers and it load models differently, with both only
+a machine's first process loads weights, which accelerate then spreads."""
 
 
 class FsdpEngine(PlainEngine):
@@ -49,7 +52,8 @@ class FsdpEngine(PlainEngine):
 
     def _gradient(self, parameter: "nn.Parameter") -> "Tensor":
         if parameter.grad is None:
-            return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            sharded: Any = parameter
+            return torch.zeros(sharded.shape, dtype=torch.float32, device=sharded.device_mesh.device_type)
         return full_tensor(parameter.grad.detach()).float()
 
     def _set_gradient(self, parameter: "nn.Parameter", value: "Tensor") -> None:
@@ -161,3 +165,27 @@ def loaded_whole() -> "Iterator[None]":
     finally:
         if before is not None:
             os.environ[USED] = before
+
+
+def holds_weights() -> bool:
+    """Whether this process has loaded a model's weights: for FSDP2 a machine's first one alone may have."""
+    return not (_is_set(USED) and _is_set(EFFICIENT)) or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def agree_on_start(model: Any, device: Any) -> None:
+    """Give every process the first one's start of what is trained, before the model is sharded.
+
+    Where each process has loaded the model itself, FSDP2 cuts a process's part out of what that one has; ms-swift seeds
+    them differently, so of a matrix drawn at random each would have a part of another one.
+    """
+    if not _is_set(USED) or _is_set(EFFICIENT) or world()[1] == 1:
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            value = parameter.detach().to(device)
+            torch.distributed.broadcast(value, src=0)
+            parameter.data.copy_(value)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")

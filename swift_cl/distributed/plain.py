@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.distributed.engine import GradientView, functional_forward, gradients_of
+from swift_cl.distributed.tensors import fp32_part_of, held, is_partitioned
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,10 @@ class PlainEngine:
         def write(parameter: "nn.Parameter", value: "Tensor") -> None:
             self._set_gradient(parameter, value if scale == 1.0 else value * scale)
 
-        view = GradientView(self._parameters, read, write)
+        def add(parameter: "nn.Parameter", part: "Tensor") -> None:
+            self._add_to_gradient(parameter, part if scale == 1.0 else part * scale)
+
+        view = GradientView(self._parameters, read, write, add)
         if scale != 1.0 and not all(bool(torch.isfinite(view[name]).all()) for name in view.names):
             return  # fp16 overflow: the scaler skips this step, and a projection of infinities would be noise
         self._on_gradients(view)
@@ -62,6 +66,11 @@ class PlainEngine:
         elif parameter.grad is not value:
             parameter.grad.copy_(value)
 
+    def _add_to_gradient(self, parameter: "nn.Parameter", part: "Tensor") -> None:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        held(parameter.grad).add_(part)
+
     def step_ended(self) -> None:
         if self._after_step is not None and not self._trainer.accelerator.optimizer_step_was_skipped:
             self._after_step()
@@ -74,3 +83,16 @@ class PlainEngine:
 
     def forward_with(self, held: "Mapping[str, Tensor]", inputs: Mapping[str, Any]) -> Any:
         return functional_forward(self.module, self._parameters, held, inputs)
+
+    def live_weights(self) -> "dict[str, Tensor]":
+        return self.weights()
+
+    def weight_parts(self) -> "dict[str, Tensor]":
+        return {name: held(parameter).float() for name, parameter in self._parameters.items()}
+
+    def parts_of(self, full: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        return {name: fp32_part_of(self._parameters[name], value) for name, value in full.items()}
+
+    @property
+    def spread(self) -> bool:
+        return any(map(is_partitioned, self._parameters.values()))

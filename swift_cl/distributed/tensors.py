@@ -87,12 +87,17 @@ def held_before(parameter: Any, value: "Tensor") -> "Tensor":
     return value.to(held(parameter))
 
 
-def _cut(parameter: Any, value: "Tensor", source: int | None) -> "Tensor":
+def fp32_part_of(parameter: Any, value: "Tensor") -> "Tensor":
+    """As `part_of` where ZeRO-3 is not at work, in fp32 whatever the parameter's dtype is."""
+    return _cut(parameter, value, None, torch.float32) if is_sharded(parameter) else value.float()
+
+
+def _cut(parameter: Any, value: "Tensor", source: int | None, dtype: "torch.dtype | None" = None) -> "Tensor":
     """This rank's part of a full value: of the one that rank `source` has, or, without communication, of its own."""
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = parameter.device_mesh, parameter.placements
-    whole = value.detach().to(mesh.device_type, parameter.dtype)
+    whole = value.detach().to(mesh.device_type, dtype or parameter.dtype)
     part: Tensor = distribute_tensor(whole, mesh, placements, src_data_rank=source).to_local()
     return part.to(parameter.device)
 

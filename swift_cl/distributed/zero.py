@@ -34,7 +34,7 @@ class DeepSpeedEngine:
 
     def install(self, on_gradients: Callable[[GradientView], None], after_step: Callable[[], None]) -> None:
         engine, original = self._engine, self._engine.step
-        view = GradientView(self._parameters, self._read, self._write)
+        view = GradientView(self._parameters, self._read, self._write, self._add)
 
         def step(*args: Any, **kwargs: Any) -> Any:
             boundary = engine.is_gradient_accumulation_boundary()
@@ -73,6 +73,31 @@ class DeepSpeedEngine:
             safe_set_local_grad(parameter, zero_part(parameter, value))
             return
         safe_set_full_grad(parameter, value)
+        self._renew_norm(parameter)
+
+    def _add(self, parameter: Any, part: "Tensor") -> None:
+        part = part * self._scale()
+        if is_partitioned(parameter):
+            from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
+
+            safe_set_local_grad(parameter, safe_get_local_grad(parameter) + part)
+            return
+        fragment = _fragment(parameter)
+        # As DeepSpeed chooses: what it accumulates in fp32, else the parameter's gradient, else its part of that.
+        if parameter.grad is not None and getattr(parameter, "_hp_grad", None) is None:
+            own = parameter.grad.view(-1)
+        else:
+            assert fragment is not None
+            own = fragment.get_lp_grad_fragment(parameter._index_in_param_group).data.view(-1)
+        if own.numel() != part.numel():
+            address = fragment.lp_fragment_address
+            own = own.narrow(0, address.start, address.numel)
+        own.add_(part.reshape(-1))
+        if hasattr(parameter, "_zero_optimizer"):
+            parameter._zero_optimizer.update_offload_overflow_tracker(part)
+        self._renew_norm(parameter)
+
+    def _renew_norm(self, parameter: Any) -> None:
         norms = getattr(self._engine.optimizer, "norm_for_param_grads", None)
         mapping = getattr(parameter, "_hp_mapping", None)
         if norms and mapping is not None:
@@ -96,6 +121,41 @@ class DeepSpeedEngine:
             full[name] = (parameter if master is None else master).detach().float()
         return full
 
+    def live_weights(self) -> "dict[str, Tensor]":
+        if any(map(is_partitioned, self._parameters.values())):
+            return self.weights()
+        return {name: parameter.detach().float() for name, parameter in self._parameters.items()}
+
+    def weight_parts(self) -> "dict[str, Tensor]":
+        found = {}
+        for name, parameter in self._parameters.items():
+            if is_partitioned(parameter):
+                from deepspeed.utils import safe_get_local_fp32_param
+
+                found[name] = safe_get_local_fp32_param(parameter).detach().float()
+            elif not _is_cut(parameter):
+                found[name] = parameter.detach().float()
+            elif (fragment := _fragment(parameter)) is not None:
+                found[name] = fragment.get_hp_fragment().detach().float()
+        return found
+
+    def parts_of(self, full: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        found = {}
+        for name, value in full.items():
+            parameter: Any = self._parameters[name]
+            if is_partitioned(parameter):
+                found[name] = zero_part(parameter, value.float())
+            elif not _is_cut(parameter):
+                found[name] = value.float()
+            elif (fragment := _fragment(parameter)) is not None:
+                address = fragment.lp_fragment_address
+                found[name] = value.float().reshape(-1).narrow(0, address.start, address.numel)
+        return found
+
+    @property
+    def spread(self) -> bool:
+        return any(is_partitioned(parameter) or _is_cut(parameter) for parameter in self._parameters.values())
+
     def gradients_of(self, total: "Tensor", names: Sequence[str]) -> "Sequence[Tensor | None]":
         return gradients_of(self._parameters, total, names)
 
@@ -116,6 +176,16 @@ class DeepSpeedEngine:
         self._engine.optimizer.empty_partition_cache()  # lets go of layers that were gathered from the old parts
         for name, part in parts.items():
             parameters[name].ds_tensor.data = part
+
+
+def _is_cut(parameter: Any) -> bool:
+    """Whether ZeRO-1 or 2 lets every process step on a part of it, or of others alone."""
+    return hasattr(parameter, "_hp_mapping")
+
+
+def _fragment(parameter: Any) -> Any:
+    """DeepSpeed's description of this process's part; None where it has none."""
+    return getattr(parameter, "_hp_mapping", None)
 
 
 def start_deepspeed(args: Any) -> None:

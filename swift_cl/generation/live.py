@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
+from swift_cl.distributed import is_partitioned
+
 
 class RowNoise(LogitsProcessor):
     """Turns the largest logit into a draw: argmax(z / T + Gumbel noise) has the probabilities softmax(z / T).
@@ -53,12 +55,13 @@ def sample(
         temperature: 0 for the likeliest token each time.
         at_once: prompts in one batch.
         rounds: the most batches that any rank has. Where weights are spread over ranks, every rank must take part in
-            every one of them; transformers lets a rank whose answers have ended go on until all have.
+            every one of them, and one whose answers have ended goes on until those of all have.
     """
     found: list[list[int]] = [[] for _ in prompts]
     # Prompts of like length side by side: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training = model.training
+    together = any(map(is_partitioned, model.parameters()))
     model.eval()
     try:
         for number in range(max(rounds, -(-len(order) // at_once))):
@@ -73,6 +76,7 @@ def sample(
                     attention_mask=mask,
                     logits_processor=noise,
                     generation_config=_plain(max_new_tokens, stop_tokens),
+                    synced_gpus=together or None,  # None: transformers knows of ZeRO-3, but not of accelerate's FSDP2
                 )
             if extra:
                 continue

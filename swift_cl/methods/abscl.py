@@ -228,12 +228,14 @@ class Abscl(Method):
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
         if not self._spans:
             return
-        weights = ctx.weights()
-        total = torch.zeros((), device=ctx.device)
+        weights = ctx.live_weights()
+        total, slopes = torch.zeros((), device=ctx.device), {}
         for name, span in self._spans.items():
             value, slope = overlap(weights[name], span, self.config.orth)
-            grads[name] = grads[name] + self.config.orth_lambda * slope
+            slopes[name] = self.config.orth_lambda * slope
             total = total + value
+        for name, part in ctx.parts_of(slopes).items():
+            grads.add_part(name, part)
         if ctx.is_logging_step:
             ctx.log("abscl_overlap", total)
 

@@ -80,6 +80,9 @@ class Gradients(Protocol):
     def __setitem__(self, name: str, value: "Tensor") -> None:
         """Replace the gradient; what is not set stays bit-identical."""
 
+    def add_part(self, name: str, part: "Tensor") -> None:
+        """Add to this process's part of a gradient; `part` is cut as `TaskContext.weight_parts` are. Sends nothing."""
+
     def flat(self) -> "Tensor":
         """All gradients as one fp32 vector, in the order of `names`."""
 
@@ -181,6 +184,20 @@ class TaskContext(Protocol):
         Args:
             held: by name, as `swift_cl.distributed.held` and `part_of` give them.
         """
+
+    def live_weights(self) -> "dict[str, Tensor]":
+        """Full weights as the forward has them (under DeepSpeed in low precision), in fp32; sends something only where
+        no process holds them whole (ZeRO-3, FSDP2)."""
+
+    def weight_parts(self) -> "dict[str, Tensor]":
+        """fp32 weights of what this process's optimizer steps on, for work that is elementwise: under ZeRO and FSDP2 a
+        part (a parameter may be missing), else all. Sends nothing."""
+
+    def parts_of(self, full: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+        """Full tensors, by parameter, cut as `weight_parts` are."""
+
+    def sum_of_parts(self, total: "Tensor") -> "Tensor":
+        """A sum over this process's parts as the sum over all; every rank must call it."""
 
     def training_rows(self) -> list[TrainingRow]:
         """This task's own rows (no replayed ones) in ms-swift's messages format, system prompt in place."""

@@ -119,7 +119,8 @@ class Ewc(Method):
 
     def __init__(self, config: EwcConfig) -> None:
         super().__init__(config)
-        self._names: list[str] = []
+        self._acts = False
+        self._names: list[str] = []  # of what this process has a part of
         self._anchor: list[Tensor] = []
         self._strength: list[Tensor] = []  # lambda S
         self._constant = 0.0  # lambda/2 c
@@ -138,9 +139,12 @@ class Ewc(Method):
             return
         quadratic = self._previous(ctx, weights)
         strength = self.config.lambda_
-        self._names = list(weights)
-        self._anchor = [quadratic.anchor[name].to(weights[name].device) for name in self._names]
-        self._strength = [quadratic.importance[name].to(weights[name].device) * strength for name in self._names]
+        here = {name: weight.device for name, weight in weights.items()}
+        anchor = ctx.parts_of({name: quadratic.anchor[name].to(device) for name, device in here.items()})
+        importance = ctx.parts_of({name: quadratic.importance[name].to(device) for name, device in here.items()})
+        self._acts, self._names = True, list(anchor)
+        self._anchor = list(anchor.values())
+        self._strength = [importance[name] * strength for name in self._names]
         self._constant = strength / 2 * quadratic.offset
         self._guard_step = math.ceil(0.1 * ctx.max_steps)
 
@@ -169,23 +173,24 @@ class Ewc(Method):
         return None
 
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
-        if not self._names:
+        if not self._acts:
             return
-        weights = ctx.weights()
-        distances = torch._foreach_sub([weights[name] for name in self._names], self._anchor)
+        weights = ctx.weight_parts()
+        distances = _each(torch._foreach_sub, [weights[name] for name in self._names], self._anchor)
         guarding = ctx.step + 1 == self._guard_step
         if ctx.is_logging_step or guarding:
-            penalty = self._penalty(distances)
+            penalty = ctx.sum_of_parts(self._penalty(distances, ctx.device))
             ctx.log("ewc_penalty", penalty + self._constant)
             if guarding:
                 self._guard(ctx, penalty)
-        torch._foreach_mul_(distances, self._strength)
-        for name, pull in zip(self._names, distances, strict=True):
-            grads[name] = pull.add_(grads[name])
+        for name, pull in zip(self._names, _each(torch._foreach_mul, distances, self._strength), strict=True):
+            grads.add_part(name, pull)
 
-    def _penalty(self, distances: "Sequence[Tensor]") -> "Tensor":
+    def _penalty(self, distances: "Sequence[Tensor]", device: Any) -> "Tensor":
+        """Of this process's parts, of which it may have none."""
         pairs = zip(self._strength, distances, strict=True)
-        return torch.stack([(strength * distance.square()).sum() for strength, distance in pairs]).sum() / 2
+        total = torch.zeros((), device=device)
+        return sum(((strength * distance.square()).sum() for strength, distance in pairs), total) / 2
 
     def _guard(self, ctx: TaskContext, penalty: "Tensor") -> None:
         if self._ce is None or self._ce_weight is None:
@@ -281,3 +286,8 @@ def sampled_labels(log_p: "Tensor", seed: int) -> "Tensor":
     """One label a position from softmax rows; depends on the seed only, so any number of ranks draws the same."""
     generator = torch.Generator(device=log_p.device).manual_seed(seed)
     return torch.multinomial(log_p.exp(), 1, generator=generator).squeeze(-1)
+
+
+def _each(work: Any, first: "Sequence[Tensor]", second: "Sequence[Tensor]") -> "Sequence[Tensor]":
+    """One of torch's functions on lists, which take no empty ones."""
+    return work(first, second) if first else []

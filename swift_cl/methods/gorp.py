@@ -100,7 +100,7 @@ class Gorp(Method):
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), encoder_decoder=True)
     starts_fresh: ClassVar[bool] = True
     # A full-rank layer's steps are taken outside the Trainer's optimizer, on whole matrices.
-    full_support: ClassVar[Support] = dataclasses.replace(support, deepspeed=(), quantized=False)
+    full_support: ClassVar[Support] = dataclasses.replace(support, deepspeed=(), fsdp=False, quantized=False)
 
     config: GorpConfig
 

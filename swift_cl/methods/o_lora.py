@@ -106,16 +106,19 @@ class OLora(Method):
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
         if not self._spans:
             return
-        weights = ctx.weights()
+        # As the forward has them: in bf16 the products lose nothing that matters, and no rank has to ask another.
+        weights = ctx.live_weights()
         terms = {name: self.penalty(weights[name], span) for name, span in self._spans.items()}
         share = 1 / len(terms) if self.config.form == "basis" else 1.0
         if self.config.lambda1 > 0:
-            for name, (_, slope) in terms.items():
-                grads[name] = grads[name] + self.config.lambda1 * share * slope
+            slopes = {name: self.config.lambda1 * share * slope for name, (_, slope) in terms.items()}
+            for name, part in ctx.parts_of(slopes).items():
+                grads.add_part(name, part)
         norms = {name: (weight.square().sum() + _EPSILON).sqrt() for name, weight in weights.items()}
         if self.config.lambda2 > 0:
-            for name, norm in norms.items():
-                grads[name] = grads[name] + self.config.lambda2 * weights[name] / norm
+            pulls = {name: self.config.lambda2 * weights[name] / norm for name, norm in norms.items()}
+            for name, part in ctx.parts_of(pulls).items():
+                grads.add_part(name, part)
         if ctx.is_logging_step:
             value = torch.stack([value for value, _ in terms.values()]).sum() * share
             ctx.log("o_lora_overlap", value)

@@ -105,7 +105,8 @@ class Session:
 
     @property
     def schedule(self) -> float:
-        return float(self.trainer.lr_scheduler.get_last_lr()[0] / self.trainer.args.learning_rate)
+        group = self.trainer.optimizer.param_groups[0]
+        return float(group["lr"] / group["initial_lr"]) if group["initial_lr"] else 0.0
 
     @property
     def is_logging_step(self) -> bool:
@@ -124,6 +125,22 @@ class Session:
     def weights(self) -> dict[str, Tensor]:
         assert self._engine is not None
         return self._engine.weights()
+
+    def live_weights(self) -> dict[str, Tensor]:
+        assert self._engine is not None
+        return self._engine.live_weights()
+
+    def weight_parts(self) -> dict[str, Tensor]:
+        assert self._engine is not None
+        return self._engine.weight_parts()
+
+    def parts_of(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert self._engine is not None
+        return self._engine.parts_of(full)
+
+    def sum_of_parts(self, total: Tensor) -> Tensor:
+        assert self._engine is not None
+        return distributed.all_reduce_sum(total) if self._engine.spread else total
 
     def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
         assert self._engine is not None

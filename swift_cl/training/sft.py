@@ -171,13 +171,17 @@ class CLSft(SwiftSft):
             self._tuner.configure(settings_of(args, self._tuner), model)
         if self._previous is not None and not args.resume_from_checkpoint and not self._method.starts_fresh:
             self._assert_started_from_previous(model)
-        return self.session.prepare_model(model)
+        model = self.session.prepare_model(model)
+        distributed.agree_on_start(model, args.training_args.device)
+        return model
 
     def _assert_started_from_previous(self, model: Any) -> None:
         """What was loaded, adapter or full model, is the previous stage's, tensor for tensor."""
         from safetensors import safe_open
 
         assert self._previous is not None
+        if self.args.tuner_type == "full" and not distributed.holds_weights():
+            return
         folder = self._previous.weights_dir
         named = self._tuner.live_tensors(model) if self._tuner else _named_as_saved(model)
         live = {parameter_name(name): tensor for name, tensor in named.items()}

@@ -22,6 +22,10 @@ COMMAND = "SWIFT_CL_COMMAND"
 ERROR_FILE = "SWIFT_CL_ERROR_FILE"
 
 
+LOST = ("Connection reset by peer", "Connection closed by peer", "remote process exited")
+"""What gloo and NCCL say to a rank whose partner has gone without a word of its own."""
+
+
 def rank_text() -> str:
     """`rank 1 of 2: `, and nothing where there is one process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -34,7 +38,9 @@ def report_error(error: Exception, code: int) -> None:
     The first report stays. When a rank fails the others lose it in the middle of a collective, and fail as well.
     """
     text = str(error)
-    if not isinstance(error, (UserError, RunFailure)):
+    if any(words in text for words in LOST):
+        text = "lost the connection to another rank, which was killed (out of memory?) or whose machine is gone"
+    elif not isinstance(error, (UserError, RunFailure)):
         text = f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}; the traceback is above"
     message = text if code == 2 else rank_text() + text
     path = os.environ.get(ERROR_FILE)

@@ -13,7 +13,7 @@ from swift_cl.cli.main import build_parser
 from swift_cl.errors import UserError
 from swift_cl.evaluation.plan import GridOptions, load_grid
 from swift_cl.serving import backends
-from swift_cl.serving.adapters import check_deployment, is_all_zero, weights_id
+from swift_cl.serving.adapters import Adapter, Deployment, check_deployment, is_all_zero, weights_id
 from swift_cl.serving.backends import ServerOptions, command
 
 
@@ -214,6 +214,32 @@ def test_adapter_of_another_base(make_run, tmp_path):
     save_file({"other.weight": np.ones((4, 6), np.float32)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(UserError, match="the adapter changes layer, which the model"):
         check_deployment(deployment(run))
+
+
+@pytest.mark.parametrize(
+    ("in_the_file", "in_the_model"),
+    [
+        ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),  # Qwen2-VL
+        ("visual.blocks.0.mlp.fc1", "model.visual.blocks.0.mlp.fc1"),
+        ("language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),  # LLaVA
+    ],
+)
+def test_files_of_seeing_models_name_their_layers_in_another_way(in_the_file, in_the_model, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    folder.mkdir()
+    save_file({f"{in_the_file}.weight": np.zeros((6, 4), np.float32)}, base / "model.safetensors")
+    for width, fits in ((4, True), (5, False)):
+        pair = {"lora_A": np.zeros((2, width), np.float32), "lora_B": np.zeros((6, 2), np.float32)}
+        named = {f"base_model.model.{in_the_model}.{side}.weight": value for side, value in pair.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+        served = Deployment(str(base), {}, (Adapter("a", folder, "x"),))
+        if fits:
+            check_deployment(served)
+        else:
+            with pytest.raises(UserError, match="the adapter belongs to another base model"):
+                check_deployment(served)
 
 
 def test_two_adapter_types_cannot_share_a_server(make_run):

@@ -13,7 +13,7 @@ from swift_cl.io import read_json
 from tests.conftest import ROOT
 from tests.support.chains import free_port
 from tests.support.commands import swift_cl_command
-from tests.support.faulty import STAMP
+from tests.support.faulty import FAULT, STAMP
 from tests.support.plugins import installed
 from tests.support.train import TASKS, adapter, stage_argv
 
@@ -29,13 +29,16 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return installed(tmp_path_factory.mktemp("site"), source, "faulty", "Faulty")
 
 
-def train(plugin: dict[str, str], folder: Path, **fault: object) -> "subprocess.CompletedProcess[str]":
-    """A stage of 4 steps on two ranks."""
-    settings = {f"faulty_{name}": value for name, value in fault.items()}
-    argv = stage_argv(
-        "faulty", TASKS[0], folder, per_device_train_batch_size=2, ddp_backend="gloo", lora_dropout=0.0, **settings
-    )
-    environment = {**plugin, "NPROC_PER_NODE": "2", "MASTER_PORT": str(free_port())}
+def train(plugin: dict[str, str], folder: Path, fault: str = "nowhere 0 raise") -> "subprocess.CompletedProcess[str]":
+    """A stage of 4 steps on two ranks; a fault is `PLACE RANK HOW`."""
+    settings = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", "lora_dropout": 0.0}
+    argv = stage_argv("faulty", TASKS[0], folder, **settings)
+    environment = {
+        **plugin,
+        "NPROC_PER_NODE": "2",
+        "MASTER_PORT": str(free_port()),
+        **({FAULT: fault} if fault else {}),
+    }
     return subprocess.run(
         swift_cl_command("sft", *argv), env=environment, capture_output=True, text=True, timeout=600, check=False
     )
@@ -62,17 +65,19 @@ def running(folder: Path) -> list[int]:
 )
 def test_a_rank_that_fails_ends_all(plugin: dict[str, str], tmp_path: Path, at: str, rank: int, how: str) -> None:
     folder = tmp_path / "stage"
-    done = train(plugin, folder, at=at, rank=rank, how=how)
+    done = train(plugin, folder, f"{at} {rank} {how}")
     assert time.time() - read_json(folder / STAMP) < MINUTE
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("swift-cl: ")]
-    expected = f"rank {rank} of 2: ValueError: injected in {at}; the traceback is above"
+    expected = [f"rank {rank} of 2: ValueError: injected in {at}; the traceback is above"]
     if how == "die":
-        expected = "the training ended with exit code 1; its output is above"
-    assert lines[-1:] == [f"swift-cl: failed: {expected}"]
+        # It says nothing itself; the other one does, if torchrun leaves it the time.
+        lost = "rank 0 of 2: lost the connection to another rank, which was killed (out of memory?) or whose machine is"
+        expected = [f"{lost} gone", "the training ended with exit code 1; its output is above"]
+    assert lines[-1] in [f"swift-cl: failed: {text}" for text in expected]
     assert running(folder) == []
     assert not (folder / "stage.json").exists()
-    assert not list(folder.glob("cl_state/faulty.json"))
+    assert rank == 1 or not list(folder.glob("cl_state/faulty.json"))
     if ALL:
         again = train(plugin, folder)
         assert again.returncode == 0, again.stderr[-3000:]
@@ -84,7 +89,7 @@ def test_a_rank_that_fails_ends_all(plugin: dict[str, str], tmp_path: Path, at: 
 @on_demand
 def test_a_rank_that_is_slow_loses_nothing(plugin: dict[str, str], tmp_path: Path) -> None:
     slow, whole = tmp_path / "slow", tmp_path / "whole"
-    done = train(plugin, slow, at="gradients", rank=1, how="20")
+    done = train(plugin, slow, "gradients 1 20")
     assert done.returncode == 0, done.stderr[-3000:]
     assert train(plugin, whole).returncode == 0
     assert_same(slow, whole)

@@ -177,3 +177,6 @@ def test_two_tasks_are_learned_and_asked(made: Path) -> None:
         found = json.loads((made / "runs" / method / "results.json").read_text())["scorers"]["exact_match"]
         assert found["base"] == [0, 0], method
         assert found["metrics"]["new_acc"] == 100, (method, found)
+    refused = run_swift_cl("probe", str(made / "runs" / "seq"), check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.strip().endswith("swift-cl probe reads no models of type t5")

@@ -90,5 +90,5 @@ def test_bytes_sent_in_a_step(runs: tuple[Path, Path], method: str) -> None:
     """The numbers of assets/distributed.md."""
     stage, plain = (runs[1] / name / "stage_2_second" for name in (method, "seq"))
     beyond, gradient = beyond_plain(stage, plain)
-    frozen_prompts = 2 * 5120 if method == "prog_prompt" else 0
+    frozen_prompts = 10_240 if method == "prog_prompt" else 0
     assert abs(beyond - GRADIENTS_SENT.get(method, 0) * gradient - frozen_prompts) <= COUNTS

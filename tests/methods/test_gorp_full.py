@@ -94,6 +94,16 @@ def test_moments_go_along() -> None:
     assert moments.steps == 7
 
 
+@pytest.mark.parametrize(("second", "moment"), [(torch.tensor([1.0, 3.0]), 0.3), (torch.tensor([2.0, 1.0]), 0.56)])
+def test_a_step_in_other_directions_takes_the_moments_along(second: Tensor, moment: float) -> None:
+    """diag(4, 1) leaves m = .4 in e1. Then e2: nothing of it, .1 x 3. Or e1 again: .9 x .4 + .1 x 2."""
+    one = layer(2, 2, rank=1, gap=1)
+    step(one, torch.diag(torch.tensor([4.0, 1.0])))
+    step(one, torch.diag(second))
+    assert one.moments is not None
+    assert one.moments.first.item() == pytest.approx(moment, abs=1e-6)
+
+
 def largest_step(reset: bool) -> float:
     """The largest entry of N in the step right after a change, over 20 changes under noisy gradients."""
     torch.manual_seed(1)

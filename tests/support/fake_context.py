@@ -35,6 +35,9 @@ class FakeGradients:
         self.values[name] = value
         self.written.add(name)
 
+    def add_part(self, name: str, part: Tensor) -> None:
+        self[name] = self[name] + part
+
     def flat(self) -> Tensor:
         return torch.cat([value.reshape(-1) for value in self.values.values()])
 
@@ -107,6 +110,18 @@ class FakeContext:
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
+
+    def live_weights(self) -> dict[str, Tensor]:
+        return self.weights()
+
+    def weight_parts(self) -> dict[str, Tensor]:
+        return self.weights()
+
+    def parts_of(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(full)
+
+    def sum_of_parts(self, total: Tensor) -> Tensor:
+        return total
 
     def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
         return functional_forward(self.model, self.parameters, held, inputs)

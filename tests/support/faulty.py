@@ -3,22 +3,15 @@
 import os
 import signal
 import time
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from swift_cl.io import MethodState, write_json
-from swift_cl.methods.base import Gradients, Method, MethodConfig, TaskContext, setting
+from swift_cl.methods.base import Gradients, Method, TaskContext
 
 STAMP = "failed_at.json"
-
-
-@dataclass
-class FaultyConfig(MethodConfig):
-    """Flags of `faulty`."""
-
-    at: str = setting("nowhere", "prepare_task, gradients, end_task, or nowhere.")
-    rank: int = setting(0, "On this rank.")
-    how: str = setting("raise", "raise, die (as if killed), or a number of seconds to sleep.")
+FAULT = "FAULTY"
+"""Environment variable `PLACE RANK HOW`: in prepare_task, gradients or end_task of that rank raise, die (as if killed),
+or sleep for a number of seconds. Not a flag, because a stage is continued with the flags that it began with."""
 
 
 class Faulty(Method):
@@ -26,19 +19,18 @@ class Faulty(Method):
 
     name: ClassVar[str] = "faulty"
     title: ClassVar[str] = "Faults"
-    config_class: ClassVar[type[MethodConfig]] = FaultyConfig
     needs_rows: ClassVar[bool] = True
 
     def _maybe(self, ctx: TaskContext, place: str) -> None:
-        rank = int(os.environ.get("RANK", "0"))
-        if self.config.at != place or rank != self.config.rank:
+        at, rank, how = os.environ.get(FAULT, "nowhere 0 raise").split()
+        if at != place or os.environ.get("RANK", "0") != rank:
             return
         write_json(ctx.this_stage.dir / STAMP if ctx.model else ctx.generated_dir.parent.parent / STAMP, time.time())
-        if self.config.how == "raise":
+        if how == "raise":
             raise ValueError(f"injected in {place}")
-        if self.config.how == "die":
+        if how == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(float(self.config.how))
+        time.sleep(float(how))
 
     def prepare_task(self, ctx: TaskContext, rows: list[Any]) -> list[Any]:
         self._maybe(ctx, "prepare_task")

@@ -1,9 +1,15 @@
 """Batches follow the permutation, on one rank or on several, and every row is seen once."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from swift_cl.errors import UserError
+from swift_cl.methods.base import Method
 from swift_cl.training.batches import OrderedBatchSampler, shuffled
+from swift_cl.training.portable import Layout, Resumed
 
 
 def sampler(n_rows: int, batch: int, rank: int = 0, world: int = 1) -> OrderedBatchSampler:
@@ -81,3 +87,18 @@ def test_shuffled_is_ms_swifts_order() -> None:
     theirs = BatchSamplerShard(10, 3, True, False, 42)
     theirs.set_epoch(2)
     assert [row for batch in theirs for row in batch] == shuffled(10, 42, 2)
+
+
+@pytest.mark.parametrize(("world", "rows"), [(1, None), (2, (11, 11))])
+def test_a_resumed_training_keeps_the_rows_of_its_first_start(world: int, rows: tuple[int, int] | None) -> None:
+    """Two processes alone would leave the eleventh row out, and shuffle ten."""
+    from swift_cl.training.trainer import CLTrainerMixin
+
+    trainer: Any = object.__new__(CLTrainerMixin)
+    resumed = Resumed(Path("checkpoint-2"), Layout("plain", 1, 4, 1, rows=(11, 11)), tensors=False)
+    trainer.cl_session = SimpleNamespace(method=Method(None), resumed=resumed, micro_batch=4 // world, world_size=world)
+    trainer.train_dataset = range(11)
+    trainer.args = SimpleNamespace(train_dataloader_shuffle=True, data_seed=42, dataloader_drop_last=False)
+    order = trainer._cl_order()
+    assert trainer._cl_rows() == (11, 11)
+    assert order is None if rows is None else order(1) == shuffled(11, 42, 1)

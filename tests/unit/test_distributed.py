@@ -112,7 +112,7 @@ def test_a_partitioned_parameter_is_cut_by_its_real_shape() -> None:
     empty, whole = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(2))
     empty.ds_shape = torch.Size([2, 2])  # type: ignore[attr-defined]
     written: list[tuple[int, torch.Tensor]] = []
-    view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)))
+    view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)), None)
     view.set_flat(torch.arange(6.0))
     assert [(i, value.tolist()) for i, value in written] == [(id(empty), [[0, 1], [2, 3]]), (id(whole), [4, 5])]
 
@@ -131,3 +131,17 @@ def test_one_process() -> None:
     tensor = torch.ones(2)
     assert distributed.all_reduce_sum(tensor) is tensor
     distributed.barrier()
+
+
+def test_a_weight_with_two_names_is_one_tensor_of_the_state() -> None:
+    """What accelerate gives for DeepSpeed are copies, and a file would hold both."""
+    module = nn.Module()
+    module.embed, module.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    module.head.weight = module.embed.weight
+    asked = trainer()
+    asked.accelerator.unwrap_model = lambda wrapped: wrapped
+    asked.accelerator.get_state_dict = lambda wrapped: {n: t.clone() for n, t in wrapped.state_dict().items()}
+    asked.model_wrapped = module
+    state = distributed.full_state_dict(asked)
+    assert list(state) == ["embed.weight", "head.weight"]
+    assert state["embed.weight"] is state["head.weight"]

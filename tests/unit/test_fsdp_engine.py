@@ -5,9 +5,11 @@ other one. `training`, with ms-swift around it, is in tests/distributed.
 """
 
 import json
+import os
 import socket
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,10 @@ INPUTS = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 """One row a rank. The loss is the sum of the layer's outputs, so a rank's gradient is its input in every row."""
 
 
+def mesh() -> Any:
+    return torch.distributed.init_device_mesh("cpu", (RANKS,))
+
+
 def sharded(trained: bool = True) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
@@ -32,8 +38,7 @@ def sharded(trained: bool = True) -> nn.Module:
     with torch.no_grad():
         module[0].weight.copy_(START)
     module.requires_grad_(trained)
-    mesh = torch.distributed.init_device_mesh("cpu", (RANKS,))
-    return fully_shard(module, mesh=mesh)
+    return fully_shard(module, mesh=mesh())
 
 
 def engine_of(module: nn.Module, weight: str = "0.weight") -> FsdpEngine:
@@ -164,11 +169,63 @@ def checkpointed_layers_are_recomputed_with_the_same_masks() -> None:
     dropout.register_forward_hook(lambda module, inputs, output: kept.append(output.detach()))
     # As accelerate wraps a layer.
     module = nn.Sequential(checkpoint_wrapper(nn.Sequential(dropout, linear), preserve_rng_state=False))
-    fully_shard(module, mesh=torch.distributed.init_device_mesh("cpu", (RANKS,)))
+    fully_shard(module, mesh=mesh())
     engine = engine_of(module, "0._checkpoint_wrapped_module.1.weight")
     (found,) = engine.gradients_of(module(torch.ones(1, 64)).sum(), ["w"])
     assert found is not None
     assert torch.equal(found[0], kept[0][0])
+
+
+def sampling_goes_on_until_every_rank_has_its_answers() -> None:
+    """A rank that stopped earlier would leave the others alone in a forward, which needs all."""
+    from torch.distributed.fsdp import fully_shard
+
+    from swift_cl.generation.live import sample
+    from tests.support.tiny_lora import language_model
+
+    model = language_model()
+    settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 5, "at_once": 1}
+    every, none = list(range(64)), [63]
+    alone = sample(model, [[1, 2, 3]], [0], stop_tokens=none, **settings)
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh())
+    first = distributed.world()[0] == 0
+    found = sample(model, [[1, 2, 3]], [0], stop_tokens=every if first else none, **settings)
+    assert found == ([alone[0][:1]] if first else alone)
+    assert len(alone[0]) == 5
+
+
+def all_ranks_start_with_what_the_first_one_drew() -> None:
+    module = nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    drawn = START if distributed.world()[0] == 0 else START * 2
+    with torch.no_grad():
+        module.weight.copy_(drawn)
+        module.bias.fill_(distributed.world()[0])
+    os.environ["ACCELERATE_USE_FSDP"], os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true", "true"
+    distributed.agree_on_start(module, "cpu")
+    assert torch.equal(module.weight, drawn)  # accelerate will spread the first one's
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    distributed.agree_on_start(module, "cpu")
+    assert torch.equal(module.weight, START)
+    assert module.bias.tolist() == [distributed.world()[0]] * 3
+
+
+def a_tied_weight_is_one_tensor_in_a_file() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    module[1].weight = module[0].weight
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda model: model,
+        get_state_dict=lambda model: {
+            name: distributed.full_tensor(value) for name, value in model.state_dict().items()
+        },
+    )
+    trainer = SimpleNamespace(accelerator=accelerator, model_wrapped=fully_shard(module, mesh=mesh()))
+    state = distributed.full_state_dict(trainer)
+    assert list(state) == ["0.weight", "1.weight"]
+    assert state["0.weight"] is state["1.weight"]
 
 
 CHECKS: tuple[Callable[[], None], ...] = (
@@ -182,6 +239,9 @@ CHECKS: tuple[Callable[[], None], ...] = (
     a_frozen_parameter_takes_a_full_value,
     the_first_ranks_value_counts_for_what_was_held_before,
     checkpointed_layers_are_recomputed_with_the_same_masks,
+    all_ranks_start_with_what_the_first_one_drew,
+    a_tied_weight_is_one_tensor_in_a_file,
+    sampling_goes_on_until_every_rank_has_its_answers,
 )
 
 # --- two processes ---------------------------------------------------------------------------------------------------
@@ -190,7 +250,8 @@ CHECKS: tuple[Callable[[], None], ...] = (
 def process(rank: int, port: int, folder: str) -> None:
     """Run every check; what fails is written down, for pytest to say in its own process."""
     address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    patience = timedelta(seconds=60)  # for a rank that the other one has left alone
+    torch.distributed.init_process_group("gloo", address, patience, world_size=RANKS, rank=rank)
     failures = {}
     for check in CHECKS:
         try:

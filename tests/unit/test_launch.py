@@ -92,6 +92,19 @@ def test_an_unforeseen_error_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads(path.read_text())["message"] == "ValueError: first; the traceback is above"
 
 
+def test_a_rank_that_was_killed_is_told_by_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    report_error(
+        RuntimeError("[/gloo/tcp/pair.cc:537] Read error [127.0.0.1]:39818: Connection reset by peer. Ask!"), 1
+    )
+    assert json.loads(path.read_text())["message"].startswith(
+        "rank 0 of 2: lost the connection to another rank, which "
+    )
+
+
 def test_worker_without_a_parent_says_it_itself(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

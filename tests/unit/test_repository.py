@@ -102,6 +102,7 @@ ALLOWED = {
     "workflow": {"methods", "models", "tuners", "stream", "training", "serving", "evaluation", "report"},
     "cli": {
         "methods",
+        "models",
         "tuners",
         "stream",
         "training",
