@@ -21,13 +21,14 @@ from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
 from swift_cl.training.before import earlier_tasks, is_model_input, parameter_name
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.engine_access import EngineAccess
 from swift_cl.training.portable import Layout, Resumed, restore
 from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
 
 
-class Session:
+class Session(EngineAccess):
     """See the attributes of `swift_cl.methods.base.TaskContext`."""
 
     def __init__(self, method: Method, task: str, output_dir: Path, previous: Stage | None, seed: int) -> None:
@@ -43,7 +44,6 @@ class Session:
         self.model: Any = None
         self.parameters: Mapping[str, nn.Parameter] = {}
         self._live_names: dict[str, str] = {}
-        self._engine: distributed.Engine | None = None
         self.micro_batch = 1
         self.global_batch = 1
         self.layout = Layout("plain", 1, 1, 1)
@@ -98,39 +98,6 @@ class Session:
     def is_logging_step(self) -> bool:
         every = max(1, int(self.trainer.state.logging_steps or 1))
         return (self.step + 1) % every == 0 or self.step == 0
-
-    @property
-    def module_for_forward(self) -> Any:
-        assert self._engine is not None
-        return self._engine.module
-
-    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
-        assert self._engine is not None
-        return self._engine.gradients_of(total, names)
-
-    def weights(self) -> dict[str, Tensor]:
-        assert self._engine is not None
-        return self._engine.weights()
-
-    def live_weights(self) -> dict[str, Tensor]:
-        assert self._engine is not None
-        return self._engine.live_weights()
-
-    def weight_parts(self) -> dict[str, Tensor]:
-        assert self._engine is not None
-        return self._engine.weight_parts()
-
-    def parts_of(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert self._engine is not None
-        return self._engine.parts_of(full)
-
-    def sum_of_parts(self, total: Tensor) -> Tensor:
-        assert self._engine is not None
-        return distributed.all_reduce_sum(total) if self._engine.spread else total
-
-    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
-        assert self._engine is not None
-        return self._engine.forward_with(held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows
