@@ -1,7 +1,6 @@
 """migu: only the weights of the units with the largest outputs are updated (magnitude-based gradient updating)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -59,7 +58,6 @@ class Migu(Method):
         self._handles: list[Any] = []
         self._counting = False
         self._real: Tensor | None = None  # tokens that are no padding, of the forward that runs
-        self._predicted: Tensor | None = None  # of the micro-batch: positions whose next token is a label
 
     def train_begin(self, ctx: TaskContext) -> None:
         """Watch the layers; off in the first task, as in the released code."""
@@ -78,14 +76,6 @@ class Migu(Method):
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
 
-    @contextmanager
-    def forward(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Note which positions of a micro-batch predict a label."""
-        labels = inputs.get("labels")
-        following = None if labels is None else torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        self._predicted = None if following is None else following != -100
-        yield
-
     def _begin(self, model: Any, arguments: Any, options: dict[str, Any]) -> None:
         self._counting = bool(model.training)
         mask = options.get("attention_mask")
@@ -97,10 +87,7 @@ class Migu(Method):
     def _watch(self, module_name: str) -> Any:
         def watch(module: "nn.Module", arguments: Any, output: "Tensor") -> None:
             if self._counting:
-                # The head runs on answers alone, padded by the longest of the batch: it counts what is predicted.
-                known = (self._real, self._predicted)
-                real = next((mask for mask in known if mask is not None and mask.shape == output.shape[:-1]), None)
-                found = self.magnitudes(output.detach(), real)
+                found = self.magnitudes(output.detach(), self._real)
                 before = self._magnitudes.get(module_name)
                 self._magnitudes[module_name] = found if before is None else before + found
 
@@ -111,7 +98,7 @@ class Migu(Method):
 
         Args:
             output: [..., units].
-            real: [rows, length], which tokens count; ignored where the output has other tokens.
+            real: [rows, length], which tokens are no padding; ignored where the output has other tokens.
         """
         size = output.float().abs()
         if self.config.statistic == "normalized":

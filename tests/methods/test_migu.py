@@ -197,17 +197,3 @@ def test_the_model_is_left_clean() -> None:
 def test_values_out_of_range(ratio: float) -> None:
     with pytest.raises(UserError, match="--migu_mask_ratio is"):
         MiguConfig(mask_ratio=ratio).validate()
-
-
-def test_the_head_counts_what_is_predicted_whatever_the_batch_is_padded_to() -> None:
-    """It runs on the end of the sequences alone, of a length that the batch's longest answer decides."""
-    ctx = FakeContext(Layer().train(), earlier=["t0"])
-    method = begun(ctx)
-    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, 7]])
-    outputs = torch.ones(2, 4, 2)
-    outputs[0, 2:], outputs[1, :2] = 50.0, 50.0  # predict nothing
-    real = torch.ones(2, 9, dtype=torch.long)
-    with method.forward(ctx, {"labels": labels}):
-        method._begin(ctx.model, (), {"attention_mask": real})
-        method._watch("layer")(ctx.model, (), outputs)
-    assert method._magnitudes["layer"].tolist() == [3.0, 3.0]
