@@ -1,0 +1,104 @@
+"""assets/RESULTS.md out of the files of assets/results: one JSON file a cell, nothing is computed twice."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from swift_cl.evaluation.statistics import Summary, summarise
+from swift_cl.io import read_json, write_text
+from swift_cl.methods.registry import methods
+from tests.benchmarks.results.parts import PARTS, ROOT, Part
+from tests.benchmarks.results.settings import SETTINGS, SHARE, TUNERS
+
+RESULTS, PAGE = ROOT / "assets" / "results", ROOT / "assets" / "RESULTS.md"
+METRICS = ("avg_acc", "forgetting", "new_acc")
+# What a method's paper claims of it, as a metric in which it is to be above `seq`; all others claim Avg.ACC.
+CLAIMS = {"single": "new_acc"}
+
+HEAD = """# Results
+
+Every method on small forms of five benchmarks, trained and asked on two CPU cores by
+`tests/benchmarks/results_table.py`. Small models, few rows: what is compared are directions, not the papers' numbers.
+
+- **Learning rate**: for every method and benchmark the best of its tuner's grid ({grids}), by Avg.ACC on
+  development rows after the first two tasks (seed 0; the protocol of Chaudhry et al. 2019). The baselines are tuned
+  like the methods.
+- **Then three seeds** (1, 2, 3) over the whole order, asked the test rows. Mean and, in brackets, the 95 % bootstrap
+  interval, which is the range of three runs.
+- **Rehearsal** is {share:.0%} of a task's rows for every method that rehearses; other settings that the defaults do not
+  fit are in `tests/benchmarks/results/settings.py` (for {changed}).
+- **time**: processor seconds of the three trainings, start of the command included, over those of `seq`; **memory**:
+  peak resident memory over that of `seq`.
+- **claim**: whether the paper's claim, higher Avg.ACC than `seq` (`single`: higher New.ACC), is seen (✓), is
+  contradicted (✗), or is undecided because the intervals overlap (open).
+"""
+
+
+def cells_of(part: str) -> dict[str, dict[str, Any]]:
+    """The filled cells of a part by method."""
+    return {path.stem: read_json(path) for path in sorted((RESULTS / part).glob("*.json"))}
+
+
+def mean(summary: Summary) -> str:
+    """`57.25 (55.00 to 60.00)`."""
+    if summary.mean is None:
+        return "-"
+    return f"{summary.mean:.2f}" + (f" ({summary.low:.2f} to {summary.high:.2f})" if summary.interval else "")
+
+
+def verdict(method: str, own: Mapping[str, Summary], seq: Mapping[str, Summary] | None) -> str:
+    """Whether a method is above `seq` in what its paper claims; an overlap of the intervals decides nothing."""
+    if method == "seq" or seq is None:
+        return ""
+    metric = CLAIMS.get(method, "avg_acc")
+    mine, plain = own[metric].interval, seq[metric].interval
+    if mine is None or plain is None:
+        return ""
+    return "✓" if mine[0] > plain[1] else "✗" if mine[1] < plain[0] else "open"
+
+
+def ratio(cells: Mapping[str, Mapping[str, Any]], method: str, key: str) -> str:
+    """A measure over that of `seq`."""
+    return f"{cells[method][key] / cells['seq'][key]:.2f}x" if "seq" in cells else ""
+
+
+def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The table of a part."""
+    own = {name: {metric: summarise(cell["metrics"][metric]) for metric in METRICS} for name, cell in cells.items()}
+    seq = own.get("seq")
+    by_score: Callable[[str], float] = lambda name: -(own[name]["avg_acc"].mean or 0)  # noqa: E731
+    lines = [
+        "",
+        f"## {part.title}",
+        "",
+        f"Base model `{part.model}`; {part.rows} training and {part.test_rows} test rows a task, {part.epochs} epochs, "
+        f"batch {part.batch}; scorer `{part.scorer}`.",
+        "",
+        "| method | lr | Avg.ACC | Forgetting | New.ACC | time | memory | claim |",
+        "| --- " * 8 + "|",
+    ]
+    for name in sorted(cells, key=by_score):
+        cell = cells[name]
+        measured = [ratio(cells, name, key) for key in ("cpu_seconds", "memory_mb")]
+        scores = [mean(own[name][metric]) for metric in METRICS]
+        values = [f"`{name}`", f"{cell['learning_rate']:g}", *scores, *measured, verdict(name, own[name], seq)]
+        lines.append("| " + " | ".join(values) + " |")
+    missing = sorted(methods().keys() - cells.keys())
+    if missing:
+        lines += ["", f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}."]
+    lines += ["", f"Each row: `python tests/benchmarks/results_table.py run --part {part.name} --methods NAME`."]
+    return lines
+
+
+def write_page() -> None:
+    """Write the page from the filled cells."""
+    grids = "; ".join(f"{name} {', '.join(f'{r:g}' for r in tuner.rates)}" for name, tuner in TUNERS.items())
+    changed = ", ".join(f"`{name}`" for name in sorted(SETTINGS))
+    text = HEAD.format(grids=grids, share=SHARE, changed=changed)
+    for name, part in PARTS.items():
+        cells = cells_of(name)
+        if cells:
+            text += "\n".join(section(part, cells)) + "\n"
+    empty = [part.title for name, part in PARTS.items() if not cells_of(name)]
+    if empty:
+        text += "\n## Not measured yet\n\n" + "".join(f"- {title}\n" for title in empty)
+    write_text(PAGE, text)
