@@ -38,7 +38,7 @@ class CLTrainerMixin:
         super().__init__(*args, **kwargs)
         self.add_callback(SessionCallback(self, cl_session))  # type: ignore[attr-defined]
         method = cl_session.method
-        self._cl_loss = overrides(method, "loss") or method.needs_logits
+        self._cl_loss = overrides(method, "loss") or overrides(method, "forward") or method.needs_logits
         self._cl_window = overrides(method, "window")
         self._cl_gradients = overrides(method, "gradients")
 
