@@ -62,9 +62,7 @@ class DynamicConpetCls(DynamicConpet):
     config_class: ClassVar[type[DynamicConpetConfig]] = DynamicConpetClsConfig
     support: ClassVar[Support] = Support(
         tuners=("lora",),
-        deepspeed=(),
         full_deepspeed=(),
-        fsdp=False,
         packing=False,
         quantized=False,
         sequence_parallel=False,

@@ -11,7 +11,7 @@ from swift.arguments import SftArguments
 from swift.pipelines import SwiftSft
 from swift.trainers import TrainerFactory
 from swift.utils import get_logger
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
@@ -167,6 +167,10 @@ class CLSft(SwiftSft):
     # --- model -------------------------------------------------------------------------------------------------------
 
     def prepare_model(self, args: Any, model: Any, **kwargs: Any) -> Any:
+        if self._classifies:
+            # A model that was loaded has drawn the start of its head, one that is shared has not: the adapter begins
+            # with the same numbers either way.
+            set_seed(args.seed)
         model = super().prepare_model(args, model, **kwargs)
         if self._tuner is not None:
             self._tuner.configure(settings_of(args, self._tuner), model)
