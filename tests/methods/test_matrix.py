@@ -266,9 +266,15 @@ def test_the_kept_adapter_needs_nothing_of_ours(work: Path, plain_model: Any, me
         assert found == pytest.approx(stage.probe["logprobs"], abs=1e-3)
 
 
+def sharded(version: int) -> dict[str, Any]:
+    """ms-swift's arguments for a version of FSDP."""
+    return {"fsdp": "fsdp2", "training_args": SimpleNamespace(fsdp_plugin_args={"fsdp_version": version})}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
+def test_what_a_method_does_not_declare_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every feature of `Support`, before a model is loaded."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     made = methods()[method](methods()[method].config_class())
     support = made.supports()
     usual: dict[str, Any] = {
@@ -282,7 +288,8 @@ def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
     stages = support.full_deepspeed if usual["tuner_type"] == "full" else support.deepspeed
     cases: list[tuple[bool, str, dict[str, Any]]] = [
         (False, "task_type", {"task_type": "embedding"}),
-        (False, "fsdp", {"fsdp": "full_shard"}),
+        (False, "fsdp", sharded(1)),
+        (support.full_fsdp if usual["tuner_type"] == "full" else support.fsdp, "fsdp", sharded(2)),
         (support.packing, "packing", {"packing": True}),
         (support.quantized, "quant_bits", {"quant_bits": 4}),
         (support.streaming, "streaming", {"streaming": True}),
