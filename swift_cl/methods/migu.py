@@ -56,8 +56,7 @@ class Migu(Method):
         self._handles: list[Any] = []
         self._counting = False
         self._real: Tensor | None = None  # tokens that are no padding, of the forward that runs
-        self._predicting: Tensor | None = None  # of the micro-batch, [rows, length]: whether a label follows
-        self._kept: Tensor | None = None  # of these the ones that the output head runs on
+        self._predicting: Tensor | None = None  # of the micro-batch, [rows, logits]: whether a label follows
 
     def train_begin(self, ctx: TaskContext) -> None:
         """Watch the layers; off in the first task, as in the released code."""
@@ -80,7 +79,7 @@ class Migu(Method):
 
     @contextmanager
     def forward(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Note which positions of a micro-batch predict a label."""
+        """Note which logits of a micro-batch predict a label; labels come as many as logits will be."""
         labels = inputs.get("labels")
         self._predicting = None
         if labels is not None and labels.dim() == 2:
@@ -89,9 +88,6 @@ class Migu(Method):
 
     def _begin(self, model: Any, arguments: Any, options: dict[str, Any]) -> None:
         self._counting = bool(model.training)
-        keep, self._kept = options.get("logits_to_keep"), None
-        if keep is not None and self._predicting is not None:
-            self._kept = self._predicting[:, -keep:] if isinstance(keep, int) else self._predicting[:, keep]
         mask = options.get("attention_mask")
         self._real = mask.bool() if mask is not None and mask.dim() == 2 else None
 
@@ -104,7 +100,9 @@ class Migu(Method):
                 # ms-swift lets the head run from the first answer of the batch on, so what else it sees hangs on how
                 # rows are batched: it counts what predicts an answer.
                 positions = output.shape[:-1]
-                known = (mask for mask in (self._real, self._kept) if mask is not None and mask.shape == positions)
+                known = (
+                    mask for mask in (self._real, self._predicting) if mask is not None and mask.shape == positions
+                )
                 found = self.magnitudes(output.detach(), next(known, None))
                 before = self._magnitudes.get(module_name)
                 self._magnitudes[module_name] = found if before is None else before + found

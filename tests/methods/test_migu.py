@@ -214,11 +214,11 @@ class Head(nn.Module):
 
 @pytest.mark.parametrize("keep", [3, 4])
 def test_a_head_on_some_positions_counts_those_that_predict_an_answer(keep: int) -> None:
-    """Inputs 1 to 5, labels at positions 3 and 4: positions 2 and 3 predict them, and 3 + 4 = 7 is what they sum up."""
+    """Inputs 1 to 5, labels at the last two, cut as ms-swift cuts them: 3 and 4 predict them, and sum up to 7."""
     ctx = FakeContext(Head().train(), earlier=["t0"])
     method = begun(ctx, statistic="sum")
     ids, labels = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[-100, -100, -100, 8, 9]])
-    with method.forward(ctx, {"labels": labels}):
+    with method.forward(ctx, {"labels": labels[:, -keep:]}):
         ctx.model(input_ids=ids, logits_to_keep=keep)  # type: ignore[misc]
     assert method._magnitudes["head"].tolist() == [7.0, 21.0]
 
