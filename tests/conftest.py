@@ -20,6 +20,15 @@ def pytest_configure() -> None:
             signal.signal(signal.SIGHUP, lambda *_: None)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Leaves a record of the cells of the support table that were run."""
+    from tests.support.engine_cells import note
+
+    # xdist's workers report to their controller, which comes by here as well.
+    if "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or not report.passed):
+        note(report.nodeid, report.outcome)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder `shared` beside the checkout (real small model and task data); users do not have it."""

@@ -2,7 +2,7 @@
 # All tests that need no GPU: sets up what they need, then style, types, scripts and pytest.
 #
 #   sh tests/run.sh [flags of pytest]      e.g. sh tests/run.sh tests/unit -q
-#   sh tests/run.sh --distributed          every method under every engine, two processes (half an hour); nothing else
+#   sh tests/run.sh --distributed          every method under every engine, failing processes, nodes (over an hour)
 #
 # Every part runs, whatever the others say; the exit code is not 0 if one failed. Settings: PYTHON and TORCH (see
 # train/environment.sh), OMP_NUM_THREADS (default 2: many small processes), SWIFT_CL_VLLM_PYTHON (a Python with vLLM and
@@ -15,7 +15,12 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 if [ "${1:-}" = "--distributed" ]; then
     shift
-    SWIFT_CL_DISTRIBUTED=all exec python -m pytest tests/distributed "$@"
+    export SWIFT_CL_DISTRIBUTED=all
+    code=0
+    python -m pytest tests/distributed tests/integration/test_two_processes.py tests/integration/test_failing_ranks.py \
+        tests/integration/test_two_nodes.py "$@" || code=$?
+    python -m tests.support.engine_cells # which declared cells of the README's table were seen
+    exit "$code"
 fi
 
 failed=""

@@ -7,6 +7,7 @@
 #   OUTPUT_DIR SEED                one folder a stage is made in OUTPUT_DIR
 #   DEVICE                         cuda (default) or cpu
 #   NPROC_PER_NODE DEEPSPEED       processes, ZeRO stage (zero0..zero3, or none)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several machines: the same command on each, see assets/distributed.md
 #   EPOCHS BATCH_SIZE GRAD_ACCUM LR MAX_LENGTH TORCH_DTYPE TUNER_TYPE LORA_RANK LORA_ALPHA ATTN_IMPL SAVE_STEPS
 #   SYSTEM_PROMPT                  {Y} stands for the years so far, e.g. 2022-2024; `none` for the template's default
 # Further flags of `swift-cl sft` can follow on the command line: sh train/qwen_train_gem.sh --gem_mode agem
@@ -80,7 +81,7 @@ train_stage() {
     if [ "$DEEPSPEED" != none ]; then set -- --deepspeed "$DEEPSPEED" "$@"; fi
     if [ "$DEVICE" = cpu ]; then
         set -- --use_cpu true "$@"
-        if [ "$NPROC_PER_NODE" != 1 ]; then set -- --ddp_backend gloo "$@"; fi
+        if [ "$NPROC_PER_NODE" != 1 ] || [ "${NNODES:-1}" != 1 ]; then set -- --ddp_backend gloo "$@"; fi
     fi
     if [ -n "$previous" ]; then
         set -- --cl_previous "$previous" "$@"

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from swift_cl.evaluation.harness import HarnessOptions
 
 CONCURRENCY, OFFLINE_CONCURRENCY = 16, 256
+PARALLEL = {
+    "vllm_tensor_parallel_size": "GPUs that hold one copy of the model together",
+    "vllm_data_parallel_size": "copies of the model that answer",
+}
+"""Flags of `swift deploy` that spread vLLM over GPUs."""
 
 
 def _truth(text: str) -> bool:
@@ -163,6 +168,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max_batch_size", metavar="N", type=_positive, help="answers at a time (pt); default: --concurrency"
     )
+    for flag, what in PARALLEL.items():
+        group.add_argument(f"--{flag}", metavar="N", type=_positive, help=f"vllm: {what}; default: 1")
     group.add_argument(
         "--server_args",
         metavar="TEXT",
@@ -200,7 +207,11 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
     backend = given.get("infer_backend")
     if backend is not None:
         check_name(backend)
-    ours = [f for f in ("port", "server_python", "merge_stages", "server_args", "max_batch_size") if given.get(f)]
+    parallel = [f"--{flag}={given[flag]}" for flag in PARALLEL if given.get(flag)]
+    if parallel and backend not in ("vllm", "vllm-offline"):
+        raise UserError(f"{parallel[0]} needs --infer_backend vllm or vllm-offline")
+    starting = ("port", "server_python", "merge_stages", "server_args", "max_batch_size", *PARALLEL)
+    ours = [f for f in starting if given.get(f)]
     if given.get("base_url") and ours:
         raise UserError(f"--base_url names a server that runs already, --{ours[0]} is for starting one: choose")
     if given.get("base_url") and backend is not None and is_offline(backend):
@@ -217,7 +228,10 @@ def options_from(args: argparse.Namespace) -> "EvalOptions":
                 backend=backend or DEFAULT_BACKEND,
                 python=given.get("server_python") or sys.executable,
                 max_batch_size=given.get("max_batch_size") or concurrency,
-                extra=tuple(shlex.split(given.get("server_args") or "")),
+                extra=(
+                    *(part for text in parallel for part in text.split("=")),
+                    *shlex.split(given.get("server_args") or ""),
+                ),
             ),
             given.get("port"),
             given.get("start_timeout", 900.0),

@@ -8,12 +8,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from swift_cl.errors import UserError
+
 if TYPE_CHECKING:
     from swift_cl.methods.base import Support
 
 KINDS = ("methods", "tuners", "benchmarks", "scorers")
 # Too long for a table.
-JSON_ONLY = ("flags", "paper", "cell", "options", "data_dir", "missing", "data_source", "description", "file")
+JSON_ONLY = (
+    "summary",
+    "cost",
+    "flags",
+    "paper",
+    "cell",
+    "options",
+    "data_dir",
+    "missing",
+    "data_source",
+    "description",
+    "file",
+)
 LONGEST_LIST = 6
 WIDTH_OF_A_FILE = 160
 
@@ -24,7 +38,9 @@ def add_parser(subparsers: Any) -> None:
         "ls", help="list methods, tuners, benchmarks or scorers", description="What is available and what it supports."
     )
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="methods: print the README's table of what each supports")
     parser.set_defaults(run=run)
 
 
@@ -37,10 +53,14 @@ def _methods() -> list[dict[str, Any]]:
         {
             "name": method.name,
             "title": method.title,
+            "summary": method.summary,
+            "cost": method.cost,
             "tuners": list(dict.fromkeys([*method.support.tuners, *(names() if method.support.any_tuner else ())])),
             "deepspeed": [f"zero{stage}" for stage in method.support.deepspeed],
+            "fsdp2": method.support.fsdp,
             "packing": method.support.packing,
             "quantized": method.support.quantized,
+            "encoder_decoder": method.support.encoder_decoder,
             "flags": [f"--{flag}" for flag, _ in flags_of(method)],
             "paper": method.paper,
         }
@@ -148,6 +168,13 @@ def _cell(value: Any) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list."""
+    if args.markdown:
+        from swift_cl.cli.methods_table import methods_table
+
+        if args.kind != "methods":
+            raise UserError(f"ls {args.kind}: --markdown prints the table of methods only")
+        print(methods_table())
+        return 0
     rows = {"methods": _methods, "tuners": _tuners, "benchmarks": _benchmarks, "scorers": _scorers}[args.kind]()
     if args.json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))

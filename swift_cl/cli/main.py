@@ -11,7 +11,7 @@ from swift_cl.cli.exits import guarded
 from swift_cl.errors import UserError, did_you_mean
 
 # Commands of our own: the module `swift_cl.cli.<name>` has add_parser(subparsers).
-OWN = ("run", "eval", "report", "metrics", "compare", "probe", "ls", "resolve", "doctor")
+OWN = ("run", "eval", "report", "metrics", "compare", "probe", "ls", "resolve", "plain_lora", "doctor")
 # ms-swift's commands; `sft` has flags of ours as well.
 PASS_THROUGH = (
     "sft", "pt", "rlhf", "infer", "deploy", "export", "merge-lora", "rollout", "sample", "app", "web-ui",

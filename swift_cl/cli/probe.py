@@ -56,13 +56,18 @@ def run(args: argparse.Namespace) -> int:
 
     from swift_cl.errors import UserError
     from swift_cl.evaluation.plan import GridOptions
+    from swift_cl.models import NAMES
     from swift_cl.probing.matrix import probe_run
     from swift_cl.probing.probes import ProbeSettings
     from swift_cl.report.probing import probing_text
+    from swift_cl.stages import load_run
 
     for name, value in (("epochs", args.probe_epochs), ("lr", args.probe_lr), ("batch", args.probe_batch)):
         if not value > 0:
             raise UserError(f"--probe_{name} is {value}, expected a number > 0")
+    kind = load_run(Path(args.run_dir)).model_args.get("model_type")
+    if kind in NAMES:
+        raise UserError(f"{args.run_dir}: swift-cl probe reads no models of type {kind}")
     os.environ.setdefault("LOG_LEVEL", "ERROR")  # of ms-swift, which loads the model
     options = GridOptions(
         Path(args.benchmark) if args.benchmark else None,

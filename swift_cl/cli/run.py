@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from swift_cl.workflow.plan import make_plans
     from swift_cl.workflow.preview import preview
     from swift_cl.workflow.provenance import noted
-    from swift_cl.workflow.run import check_evaluation, check_rows, check_train_flags, eval_argv, prepare
+    from swift_cl.workflow.run import check_evaluation, check_rows, check_train_flags, eval_argv, prepare, train
 
     config, benchmark = configuration(args)
     plans = make_plans(config, benchmark)
@@ -84,10 +85,17 @@ def run(args: argparse.Namespace) -> int:
         counts = check_rows(config, benchmark)
         print(preview(plans, eval_argv(config, plans) if config.mode != "train_only" else None, counts))
         return 0
-    if config.mode != "eval_only":
+    node, nodes = distributed.node()
+    if config.mode != "eval_only" and node == 0:
         plans = prepare(config, benchmark, args.overwrite)
     again = "to continue: " + continuing_command(args.argv)
     try:
+        if node != 0:
+            # The training processes here read what node 0 has written: they meet its own before they begin.
+            if config.mode != "eval_only":
+                train(plans, args.verbose, anew=args.overwrite)
+            print(f"node {node} of {nodes}: done; what follows is node 0's")
+            return 0
         with noted([Path(plan.run_dir) for plan in plans], config.mode) as call:
             code = work(config, plans, args.verbose, evaluation, call)
     except RunFailure as failure:

@@ -1,5 +1,6 @@
 """`swift-cl sft`: `swift sft` with a continual-learning method."""
 
+from swift_cl.errors import RunFailure
 from swift_cl.training.flags import check_method_flags, complete_flags, first, flag_values, help_text
 from swift_cl.training.preflight import (
     check_data,
@@ -37,4 +38,7 @@ def run(argv: list[str]) -> int:
         if stage is not None:
             print(f"stage {stage.task} is finished already: {stage.dir}")
             return 0
-    return launch("sft", argv)
+    code = launch("sft", argv)
+    if code != 0:
+        raise RunFailure(f"the training ended with exit code {code}; its output is above")
+    return 0

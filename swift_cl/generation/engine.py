@@ -1,7 +1,7 @@
 """What generation asks of an engine: prompts in, answers out, batch by batch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -42,6 +42,18 @@ class Prompt:
         latent = [list(self.latent), self.latent_on_answer] if self.latent else []
         return sha256_json([list(map(dict, self.messages)), self.text, *latent])
 
+    def to_json(self) -> dict[str, Any]:
+        """For another process."""
+        return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "messages": [dict(message) for message in self.messages],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Prompt":
+        """The inverse of `to_json`."""
+        return cls(**{**value, "messages": tuple(value["messages"]), "latent": tuple(value["latent"])})
+
     @property
     def length(self) -> int:
         """Characters, to put prompts of one size into one batch."""
@@ -55,6 +67,7 @@ class Sampling:
     Attributes:
         top_k: 0 for all tokens.
         stop: strings that end an answer; an answer is cut before the first of them.
+        beams: hypotheses of a beam search, 1 for none; the transformers engine alone can.
     """
 
     temperature: float
@@ -63,6 +76,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    beams: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """For hashes and manifests."""
@@ -84,6 +98,10 @@ class Answer:
     tokens: int = 0
 
 
+Batch = tuple[Sequence[Prompt], Sequence[int]]
+"""Prompts, and one seed each."""
+
+
 class Engine(Protocol):
     """A model that is ready to answer."""
 
@@ -98,9 +116,18 @@ class Engine(Protocol):
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Answer]:
         """Answer one batch; `seeds` has one number a prompt. The same call gives the same answers."""
 
+    def answer_batches(self, batches: Sequence[Batch], sampling: Sampling) -> list[list[Answer]]:
+        """Answer several batches, as `answer` would one after the other; where several processes have the model, they
+        share them."""
+
     def embed(self, texts: Sequence[str]) -> "NDArray[np.float64]":
         """Mean of the last hidden states over each text's tokens, [texts, width].
 
         Raises:
             UserError: this engine gives no hidden states.
         """
+
+
+def one_by_one(engine: Engine, batches: Sequence[Batch], sampling: Sampling) -> list[list[Answer]]:
+    """`answer_batches` in this process."""
+    return [engine.answer(prompts, sampling, seeds) for prompts, seeds in batches]

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 
+from swift_cl.distributed import is_partitioned
+
 
 class RowNoise(LogitsProcessor):
     """Turns the largest logit into a draw: argmax(z / T + Gumbel noise) has the probabilities softmax(z / T).
@@ -43,6 +45,7 @@ def sample(
     max_new_tokens: int,
     stop_tokens: Sequence[int],
     at_once: int,
+    rounds: int = 0,
 ) -> list[list[int]]:
     """A continuation of every prompt, its stop token included where there is one; in eval mode, without gradients.
 
@@ -51,15 +54,20 @@ def sample(
         seeds: one a prompt.
         temperature: 0 for the likeliest token each time.
         at_once: prompts in one batch.
+        rounds: the most batches that any rank has. Where weights are spread over ranks, every rank must take part in
+            every one of them, and one whose answers have ended goes on until those of all have.
     """
     found: list[list[int]] = [[] for _ in prompts]
     # Prompts of like length side by side: less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     training = model.training
+    together = any(map(is_partitioned, model.parameters()))
     model.eval()
     try:
-        for start in range(0, len(order), at_once):
-            batch = order[start : start + at_once]
+        for number in range(max(rounds, -(-len(order) // at_once))):
+            batch = order[number * at_once :][:at_once]
+            extra = not batch
+            batch = batch or order[:1]
             ids, mask = padded_left([prompts[i] for i in batch], _device(model))
             noise = [RowNoise([seeds[i] for i in batch], temperature, ids.device)] if temperature > 0 else []
             with torch.no_grad():
@@ -68,7 +76,10 @@ def sample(
                     attention_mask=mask,
                     logits_processor=noise,
                     generation_config=_plain(max_new_tokens, stop_tokens),
+                    synced_gpus=together or None,  # None: transformers knows of ZeRO-3, but not of accelerate's FSDP2
                 )
+            if extra:
+                continue
             for i, answer in zip(batch, answers[:, ids.shape[1] :].tolist(), strict=True):
                 found[i] = cut(answer, stop_tokens)
     finally:

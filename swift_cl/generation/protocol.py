@@ -194,10 +194,13 @@ def in_batches(
     """Answers in the order of the prompts; the batches hold prompts of similar length and are of nearly one size."""
     by_length = sorted(range(len(prompts)), key=lambda i: (prompts[i].length, i))
     batches = math.ceil(len(prompts) / batch_size)
+    order = [
+        by_length[number * len(prompts) // batches : (number + 1) * len(prompts) // batches]
+        for number in range(batches)
+    ]
+    asked = [([prompts[i] for i in own], [seeds[i] for i in own]) for own in order]
     found: dict[int, Answer] = {}
-    for number in range(batches):
-        own = by_length[number * len(prompts) // batches : (number + 1) * len(prompts) // batches]
-        answers = engine.answer([prompts[i] for i in own], sampling, [seeds[i] for i in own])
+    for own, answers in zip(order, engine.answer_batches(asked, sampling), strict=True):
         found.update(zip(own, answers, strict=True))
     return [found[i] for i in range(len(prompts))]
 

@@ -12,7 +12,7 @@ from swift.infer_engine import InferRequest, RequestConfig
 from torch import Tensor
 
 from swift_cl.errors import UserError
-from swift_cl.generation.engine import Answer, Prompt, Sampling
+from swift_cl.generation.engine import Answer, Batch, Prompt, Sampling, one_by_one
 from swift_cl.generation.steering import steered
 
 
@@ -38,6 +38,10 @@ class SwiftEngine(ABC):
         with self._latents(prompts):
             responses = self._infer(requests, sampling, seeds)
         return [self._read(response.choices[0], sampling) for response in responses]
+
+    def answer_batches(self, batches: Sequence[Batch], sampling: Sampling) -> list[list[Answer]]:
+        """See `engine.Engine`."""
+        return one_by_one(self, batches, sampling)
 
     @abstractmethod
     def _infer(self, requests: list[Any], sampling: Sampling, seeds: Sequence[int]) -> list[Any]:
@@ -125,6 +129,7 @@ def _config(sampling: Sampling, seed: int | None = None) -> RequestConfig:
         top_p=sampling.top_p,
         repetition_penalty=sampling.repetition_penalty,
         stop=list(sampling.stop),
+        num_beams=sampling.beams,
         seed=seed,
         return_details=True,
     )

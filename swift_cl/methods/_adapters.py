@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from swift_cl.distributed import plain_name
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import atomic_write, sha256_file, write_json
 from swift_cl.lazy import LazyModule
@@ -128,7 +129,7 @@ def frozen_parameters(model: Any, adapter: str) -> dict[str, Any]:
     """The parameters of an extra adapter by the names of their trained twins."""
     mark = f".{adapter}."
     return {
-        name.removeprefix("base_model.model.").replace(mark, "."): parameter
+        plain_name(name).removeprefix("base_model.model.").replace(mark, "."): parameter
         for name, parameter in model.named_parameters()
         if mark in name
     }

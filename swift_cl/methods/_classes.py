@@ -9,6 +9,13 @@ from swift_cl.errors import UserError
 from swift_cl.methods.base import TrainingRow
 
 
+def refuse_images(method: str, task: str, rows: Sequence[TrainingRow]) -> None:
+    """A method that classifies reads text alone."""
+    shown = next((number for number, row in enumerate(rows) if row.get("images")), None)
+    if shown is not None:
+        raise UserError(f"method '{method}' classifies text, but row {shown} of task '{task}' has images")
+
+
 class ClassTable:
     """Numbers of all classes.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from swift_cl.generation.steering import steered
-from swift_cl.methods._frozen_teacher import FrozenTeacher, distilled_sums, is_generated, rows_of_batch
+from swift_cl.methods._frozen_teacher import FrozenTeacher, asked_in, distilled_sums, is_generated, rows_of_batch
 from swift_cl.methods._grouped_loss import Groups, token_losses
 from swift_cl.methods._latent import Heads, Latent, before_answer, beta, last_states, noise, real
 from swift_cl.methods.base import TaskContext
@@ -75,7 +75,7 @@ class Drawn:
         seeds = [seed_of(row[kept].tolist()) for row, kept in zip(own["input_ids"], mask, strict=True)]
         drawn = noise(seeds, heads.prior_mean.out_features).to(ids.device)
         with torch.autocast(ids.device.type, enabled=False):
-            latent = heads(last_states(ctx, own, base), prompt if found else mask, mask, drawn)
+            latent = Latent(*heads(last_states(ctx, own, base), prompt if found else mask, mask, drawn))
         counts = torch.full((len(lines),), float(bool(found)), device=ids.device)
         added = alpha * latent.added * counts.unsqueeze(1)
         vectors = torch.zeros(len(ids), added.shape[1], device=ids.device).index_add(0, lines, added)
@@ -102,6 +102,7 @@ class CodeLoss:
         self._whole = Groups(of_row, dict.fromkeys(WHOLE, lm * config.gen_weight))
         self._rows = torch.zeros(2)
         self._micro_batches = 1
+        self._teach: list[bool] = []  # by coming micro-batch, whether any rank asks the teacher
 
     def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
         """Count tokens and rows over the step."""
@@ -111,6 +112,7 @@ class CodeLoss:
         rows = torch.tensor([float(channels.count(name)) for name in REC], device=ctx.device)
         self._rows = ctx.all_reduce_sum(rows)
         self._micro_batches = len(batches)
+        self._teach = asked_in(ctx, batches, is_generated) if self._config.kd_alpha > 0 else [False] * len(batches)
 
     def of(
         self, ctx: TaskContext, inputs: Mapping[str, Any], logits: Tensor, drawn: Drawn, teacher: FrozenTeacher | None
@@ -125,13 +127,17 @@ class CodeLoss:
     def _asked(
         self, ctx: TaskContext, inputs: Mapping[str, Any], drawn: Drawn, teacher: FrozenTeacher | None
     ) -> tuple[Tensor, Tensor] | None:
-        """(rows, the teacher's logits of them): generated rows, with the student's codes; None where there are none."""
+        """(rows, the teacher's logits of them): generated rows, with the student's codes; None where there are none.
+
+        A rank without any takes part with one row, because under ZeRO-3 a forward needs all ranks.
+        """
         lines = [line for line, channel in enumerate(ctx.channels or ()) if is_generated(channel)]
-        if teacher is None or not lines or self._config.kd_alpha == 0:
+        if not self._teach.pop(0) or teacher is None:
             return None
-        rows = torch.tensor(lines, device=inputs["labels"].device)
+        rows = torch.tensor(lines or [0], device=inputs["labels"].device)
         with drawn.added(ctx.model, rows):
-            return rows, teacher.logits(ctx, rows_of_batch(inputs, rows))
+            logits = teacher.logits(ctx, rows_of_batch(inputs, rows))
+        return (rows, logits) if lines else None
 
     def _sums(
         self,

@@ -14,6 +14,7 @@ from swift_cl.generation.screen import Rejected, Turns, closed_labels
 from swift_cl.methods.base import TrainingRow
 
 GEN, ANSWER, USER, SYSTEM = "__gen__", "\n__ans__\n", "\n__user__\n", "__sys__\n"
+SEPARATORS = (SYSTEM, USER, ANSWER)
 MARKS = ("__gen__", "__ans__", "__user__", "__sys__")
 _TASK = re.compile(r"[A-Za-z0-9_.-]+")
 

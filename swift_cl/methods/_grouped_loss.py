@@ -1,7 +1,8 @@
 """A loss of several parts, each the mean over its own tokens of the optimizer step (rows are tagged by `channel`).
 
 L = sum over groups g of w_g S_g / n_g: S_g sums the token losses of g, n_g counts its tokens over all micro-batches and
-ranks. A mean of micro-batch means would weigh a token by how many of its kind happen to lie beside it.
+ranks. A mean of micro-batch means would weigh a token by how many of its kind happen to lie beside it. Where tokens
+have weights w, S_g sums w times the loss and n_g sums w.
 Imports torch: methods import this module when they run, not at their top.
 """
 
@@ -56,11 +57,14 @@ class Groups:
     Args:
         of_channel: channel of a row -> name of its group.
         weights: weight of every group.
+        weighted: whether tokens have weights too (`loss_scale` of the batches, `ctx.token_weights`); the token losses
+            that `sums` gets are then multiplied by them.
     """
 
-    def __init__(self, of_channel: Mapping[str, str], weights: Mapping[str, float]) -> None:
+    def __init__(self, of_channel: Mapping[str, str], weights: Mapping[str, float], weighted: bool = False) -> None:
         self.names = list(weights)
         self.weights = weights
+        self._weighted = weighted
         self._number = {channel: self.names.index(group) for channel, group in of_channel.items()}
         self._sizes: Tensor | None = None
         self._micro_batches = 1
@@ -76,8 +80,9 @@ class Groups:
         """Count every group's tokens over all micro-batches and ranks."""
         sizes = torch.zeros(len(self.names), device=ctx.device)
         for batch in batches:
-            _, groups = self.index(batch, batch.get("channel"))
-            sizes += torch.bincount(groups, minlength=len(self.names)).to(ctx.device)
+            mask, groups = self.index(batch, batch.get("channel"))
+            weights = batch["loss_scale"][:, 1:][mask] if self._weighted else None
+            sizes += torch.bincount(groups, weights, minlength=len(self.names)).to(ctx.device)
         self._sizes = ctx.all_reduce_sum(sizes)
         self._micro_batches = len(batches)
 

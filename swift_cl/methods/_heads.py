@@ -84,6 +84,15 @@ def visible_logits(logits: Tensor, visible: Tensor) -> Tensor:
     return logits.float().masked_fill(~visible, torch.finfo(torch.float32).min)
 
 
+def expert_logits(logits: Tensor, own: Tensor, elsewhere: float) -> Tensor:
+    """Logits [rows, classes] of one expert among several: those of classes that it does not know are a constant.
+
+    Args:
+        own: [classes], the expert's.
+    """
+    return logits.float().masked_fill(~own, elsewhere)
+
+
 def class_loss(logits: Tensor, targets: Tensor, visible: Tensor) -> Tensor:
     """Sum over rows of the cross-entropy with the softmax over the visible classes."""
     return functional.cross_entropy(visible_logits(logits, visible), targets, reduction="sum")

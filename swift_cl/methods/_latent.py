@@ -29,7 +29,7 @@ class Latent:
 
 
 class Heads(nn.Module):
-    """Pooling vector, heads of prior and posterior, and M; fp32.
+    """Pooling vector, heads of prior and posterior, and M.
 
     Args:
         width: of the model.
@@ -46,10 +46,10 @@ class Heads(nn.Module):
     def prior(self, states: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, log variance) from the hidden states of a task's prompt, [rows, size] each."""
         pooled = pool(states, mask, self.pooling)
-        return self.prior_mean(pooled), self.prior_logvar(pooled)
+        return through(self.prior_mean, pooled), through(self.prior_logvar, pooled)
 
-    def forward(self, states: Tensor, prompt: Tensor, mask: Tensor, noise: Tensor) -> Latent:
-        """Draw a code for each row.
+    def forward(self, states: Tensor, prompt: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw a code for each row; the parts of a `Latent`, which an engine finds tensors in.
 
         Args:
             states: hidden states of prompt and text, [rows, length, width].
@@ -58,9 +58,14 @@ class Heads(nn.Module):
         """
         prior_mean, prior_logvar = self.prior(states, prompt)
         pooled = pool(states, mask, self.pooling)
-        mean, logvar = self.post_mean(pooled), self.post_logvar(pooled)
+        mean, logvar = through(self.post_mean, pooled), through(self.post_logvar, pooled)
         code = mean + torch.exp(0.5 * logvar) * noise
-        return Latent(self.to_embedding(code), divergence(mean, logvar, prior_mean, prior_logvar))
+        return through(self.to_embedding, code), divergence(mean, logvar, prior_mean, prior_logvar)
+
+
+def through(layer: nn.Linear, rows: Tensor) -> Tensor:
+    """A layer's output in fp32, also where an engine keeps its weights in another dtype."""
+    return layer(rows.to(layer.weight.dtype)).float()  # type: ignore[no-any-return]
 
 
 def pool(states: Tensor, mask: Tensor, vector: Tensor) -> Tensor:

@@ -5,12 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from swift_cl.errors import UserError
 from swift_cl.generation.engine import Engine, Prompt
 from swift_cl.generation.protocol import Order
 from swift_cl.generation.screen import Rejected, Screen, Turns, closed_labels
+from swift_cl.io import read_json, read_jsonl
 from swift_cl.methods._draws import Key, permutation, seed32
 from swift_cl.methods._row_store import exact, round_half_up
 from swift_cl.methods.base import TaskContext, TrainingRow
@@ -48,15 +50,26 @@ class TaskFacts:
 
     @classmethod
     def of(
-        cls, task: str, rows: Sequence[TrainingRow], method: str, ratio: float, shots: int, *key: Key
+        cls,
+        task: str,
+        rows: Sequence[TrainingRow],
+        method: str,
+        ratio: float,
+        shots: int,
+        *key: Key,
+        given: Sequence[Demo] | None = None,
     ) -> "TaskFacts":
-        """Describe a task and choose its demos: `ratio` of its rows, at least `shots`.
+        """Describe a task and choose its demos: `ratio` of its rows, at least `shots`, unless they are given.
 
         Raises:
             UserError: fewer rows than shots can stand in a prompt.
         """
         single = [row["messages"] for row in rows if [m["role"] for m in row["messages"]] == list(_ROLES)]
         definition = common_definition([messages[1]["content"] for messages in single])
+        answers = [messages[2]["content"] for messages in single]
+        labels = closed_labels(answers) if len(single) == len(rows) else None
+        if given is not None:
+            return cls(task, len(rows), definition, labels, list(given))
         usable = [demo for messages in single if (demo := _demo(messages, definition)) is not None]
         if len(usable) < shots:
             raise UserError(
@@ -65,8 +78,6 @@ class TaskFacts:
             )
         count = min(max(shots, round_half_up(exact(ratio) * len(rows))), len(usable))
         chosen = sorted(permutation(len(usable), *key, task, "demos")[:count])
-        answers = [messages[2]["content"] for messages in single]
-        labels = closed_labels(answers) if len(single) == len(rows) else None
         return cls(task, len(rows), definition, labels, [usable[i] for i in chosen])
 
     def to_json(self) -> dict[str, Any]:
@@ -129,6 +140,43 @@ def _demo(messages: Sequence[Mapping[str, str]], definition: str) -> Demo | None
         return None
     whole = x and y and [turn["content"] for turn in found] == [x, y]
     return Demo(x, y, system) if whole else None
+
+
+def read_demos(flag: str, path: Path, shots: int, system: str) -> list[Demo]:
+    """Demonstrations of one's own: a JSON list, or JSON lines, of {"input", "output"} and perhaps "system".
+
+    Args:
+        system: of those that name none.
+
+    Raises:
+        UserError: the file is missing or holds something else, or fewer of them than shots.
+    """
+    found = read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    if not isinstance(found, list) or len(found) < shots:
+        counted = f"{len(found)} entries" if isinstance(found, list) else type(found).__name__
+        raise UserError(
+            f"{flag} {path}: expected a list of at least {shots} demonstrations (the shots), found {counted}"
+        )
+    demos = []
+    for number, entry in enumerate(found):
+        fields = dict(entry) if isinstance(entry, dict) else {}
+        texts = {"system": system, **fields}
+        if {"input", "output"} - fields.keys() or texts.keys() - {"input", "output", "system"}:
+            raise UserError(
+                f'{flag} {path}, entry {number}: expected "input" and "output" (and "system" or not), found '
+                f"{', '.join(fields) or type(entry).__name__}"
+            )
+        if not all(isinstance(text, str) for text in texts.values()):
+            raise UserError(f"{flag} {path}, entry {number}: expected texts only")
+        contents = (texts["system"], texts["input"], texts["output"])
+        demo = _demo([{"content": content} for content in contents], "")
+        if demo is None:
+            raise UserError(
+                f"{flag} {path}, entry {number}: input and output may not be empty, nor have a line that begins with "
+                "Input: or Output:"
+            )
+        demos.append(demo)
+    return demos
 
 
 def prompt_text(definition: str, demos: Sequence[Demo]) -> str:

@@ -108,6 +108,10 @@ class Abscl(Method):
 
     name: ClassVar[str] = "abscl"
     title: ClassVar[str] = "LLM-CL: a shared and a domain adapter, kept orthogonal, chosen by Mahalanobis distance"
+    summary: ClassVar[str] = (
+        "a shared adapter and one a task, kept orthogonal and summed; the distance to the tasks' questions chooses"
+    )
+    cost: ClassVar[str] = "three trainings, 2 of them on kept rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.05496"
     config_class: ClassVar[type[MethodConfig]] = AbsclConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), packing=False, sequence_parallel=False)
@@ -224,12 +228,14 @@ class Abscl(Method):
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
         if not self._spans:
             return
-        weights = ctx.weights()
-        total = torch.zeros((), device=ctx.device)
+        weights = ctx.live_weights()
+        total, slopes = torch.zeros((), device=ctx.device), {}
         for name, span in self._spans.items():
             value, slope = overlap(weights[name], span, self.config.orth)
-            grads[name] = grads[name] + self.config.orth_lambda * slope
+            slopes[name] = self.config.orth_lambda * slope
             total = total + value
+        for name, part in ctx.parts_of(slopes).items():
+            grads.add_part(name, part)
         if ctx.is_logging_step:
             ctx.log("abscl_overlap", total)
 

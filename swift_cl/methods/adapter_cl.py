@@ -68,6 +68,8 @@ class AdapterCl(Method):
 
     name: ClassVar[str] = "adapter_cl"
     title: ClassVar[str] = "AdapterCL: one adapter per task, chosen by perplexity"
+    summary: ClassVar[str] = "an adapter a task; the perplexity of the question chooses one at inference"
+    cost: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/2012.15504"
     config_class: ClassVar[type[MethodConfig]] = AdapterClConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())

@@ -27,62 +27,21 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState
+from swift_cl.methods._context import EarlierTask as EarlierTask
+from swift_cl.methods._context import Gradients as Gradients
+from swift_cl.methods._context import TaskContext as TaskContext
+from swift_cl.methods._context import TrainingRow as TrainingRow
+from swift_cl.methods._phase import Phase as Phase
 from swift_cl.methods._routing import Candidate, Route, RouteContext, RouteRequest
+from swift_cl.methods._support import Support as Support
 from swift_cl.settings import Settings, flags_of_settings
 from swift_cl.settings import setting as setting
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-TrainingRow = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Support:
-    """What a method supports; anything else is refused before a model is loaded.
-
-    Attributes:
-        tuners: values of `--tuner_type`.
-        any_tuner: whether it works with every other tuner of `swift-cl ls tuners` too (it sees data only).
-        deepspeed: ZeRO stages.
-        zero0_low_precision: whether ZeRO stage 0 works without fp32 weights (bf16/fp16 engine keeps no fp32 copy).
-        packing, quantized, streaming, sequence_parallel, liger: the ms-swift features of these names.
-    """
-
-    tuners: tuple[str, ...] = ("lora", "full")
-    any_tuner: bool = False
-    deepspeed: tuple[int, ...] = (0, 1, 2, 3)
-    full_deepspeed: tuple[int, ...] = (0, 1, 2, 3)
-    zero0_low_precision: bool = True
-    packing: bool = True
-    quantized: bool = True
-    streaming: bool = False
-    sequence_parallel: bool = True
-    liger: bool = True
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One of the trainings of a stage, on the same rows and in the same command.
-
-    Attributes:
-        name: unique within the stage; `ctx.phase` while it runs.
-        flags: what differs from the stage's own flags. A phase before the last may name another `cl_method` and what
-            that one needs: it is then a first stage of that method, from the base model, and gets no flag of this one.
-    """
-
-    name: str
-    flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def other_method(self) -> bool:
-        """Whether it is a stage of another method."""
-        return "cl_method" in self.flags
+    from torch import Tensor
 
 
 @dataclass
@@ -90,178 +49,13 @@ class MethodConfig(Settings):
     """Base of the methods' config dataclasses; see `Settings`."""
 
 
-class Gradients(Protocol):
-    """Gradients of one optimizer step: reduced over ranks and micro-batches, without loss scale, before clipping."""
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the trained parameters, the same and in the same order on every rank."""
-
-    def __getitem__(self, name: str) -> "Tensor":
-        """The full gradient in fp32; read-only."""
-
-    def __setitem__(self, name: str, value: "Tensor") -> None:
-        """Replace the gradient; what is not set stays bit-identical."""
-
-    def flat(self) -> "Tensor":
-        """All gradients as one fp32 vector, in the order of `names`."""
-
-    def set_flat(self, vector: "Tensor") -> None:
-        """Replace all gradients from one vector."""
-
-
-@dataclass(frozen=True)
-class EarlierTask:
-    """A finished stage that this task builds on."""
-
-    task: str
-    dir: Path
-    weights_dir: Path
-    state_dir: Path
-
-
-class TaskContext(Protocol):
-    """What a method sees of the run.
-
-    Attributes:
-        task: name of the current task.
-        earlier: finished stages, oldest first (for a lone `swift-cl sft` with `--cl_previous`, found by following
-            each stage's `started_from`).
-        seed: the run's seed.
-        rank, world_size: of the data-parallel group.
-        device: where the model lives.
-        system: the stage's system prompt, None for the template's default.
-        this_stage: the current task's own folders; its weights are there from `end_task` on.
-        model: the model as transformers sees it, unwrapped (a PeftModel for LoRA).
-        module_for_forward: the unwrapped module to run extra forwards on (same weights, no reducer hooks).
-        parameters: trained parameters by name, without wrapper prefixes and adapter name.
-        step: number of optimizer steps done.
-        max_steps: number of optimizer steps of the task.
-        micro_batch: rows per device and forward in training; a method's own forwards take no more.
-        global_batch: rows of one optimizer step, over all ranks and accumulation steps (known in `prepare_task` too).
-        is_logging_step: whether values logged now will be shown.
-        channels: in `forward` and `loss`, the column `channel` of the micro-batch's rows; None where no row has one.
-    """
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def earlier(self) -> list[EarlierTask]: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def device(self) -> Any: ...
-    @property
-    def system(self) -> str | None: ...
-    @property
-    def this_stage(self) -> EarlierTask: ...
-    @property
-    def model(self) -> Any: ...
-    @property
-    def parameters(self) -> "Mapping[str, nn.Parameter]": ...
-    @property
-    def step(self) -> int: ...
-    @property
-    def max_steps(self) -> int: ...
-    @property
-    def micro_batch(self) -> int: ...
-    @property
-    def global_batch(self) -> int: ...
-    @property
-    def is_logging_step(self) -> bool: ...
-    @property
-    def channels(self) -> Sequence[str | None] | None: ...
-
-    @property
-    def task_index(self) -> int:
-        """0-based position of the current task."""
-
-    @property
-    def module_for_forward(self) -> Any: ...
-
-    def weights(self) -> "dict[str, Tensor]":
-        """Full fp32 weights of the trained parameters; may alias the live ones, so never write to them."""
-
-    def training_rows(self) -> list[TrainingRow]:
-        """This task's own rows (no replayed ones) in ms-swift's messages format, system prompt in place."""
-
-    def encode(self, rows: Sequence[TrainingRow]) -> list[dict[str, Any]]:
-        """Rows through the training template; a row that the template would drop gives an empty dict."""
-
-    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
-        """Token ids of prompts as they are asked at inference: generation prompt at the end, no answer."""
-
-    @property
-    def stop_tokens(self) -> list[int]:
-        """Ids of the tokens that end an answer."""
-
-    def collate(self, encoded: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
-        """Encoded rows as one padded batch of model inputs (with `labels`) on the device."""
-
-    def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:
-        """Generation, in `prepare_task` only: the base model with an earlier stage's weights, None for it alone.
-
-        Args:
-            weights: `weights_dir` of an earlier task.
-            backend: one of `swift_cl.generation.engine.BACKENDS`.
-        """
-
-    @property
-    def phase(self) -> str:
-        """Name of the phase that runs (`Method.phases`)."""
-
-    @property
-    def phases(self) -> Mapping[str, Path]:
-        """The adapters of the phases before this one, by name."""
-
-    @property
-    def generated_dir(self) -> Path:
-        """Folder for the files of this stage's generation; a resumed stage finds them there again."""
-
-    def statistics_mode(self) -> AbstractContextManager[None]:
-        """Dropout off, checkpointing in the form that `torch.autograd.grad` allows, under the Trainer's autocast."""
-
-    def token_mean(self, total: "Tensor", count: "Tensor | int") -> "Tensor":
-        """Scale a sum over the micro-batch's label tokens like the Trainer's cross-entropy (rule R1).
-
-        Args:
-            total: sum over tokens of a per-token term.
-            count: number of label tokens in the micro-batch; used when the Trainer gives no window count.
-        """
-
-    def window_mean(self, total: "Tensor", window_count: "Tensor") -> "Tensor":
-        """As `token_mean`, for another token set whose global count over the window is `window_count`."""
-
-    def all_reduce_sum(self, tensor: "Tensor") -> "Tensor":
-        """Sum over ranks, in place where there are several; the same tensor otherwise."""
-
-    def previous_state(self) -> MethodState:
-        """The state that this method wrote at the end of the previous task.
-
-        Raises:
-            UserError: it is missing or damaged, with the file named.
-        """
-
-    def log(self, name: str, value: "Tensor | float") -> None:
-        """Show a value under `train/<name>`: averaged between logging steps, no device synchronisation here."""
-
-    def record(self, name: str, value: Any) -> None:
-        """Write a JSON value to `<stage>/cl_state/<method>.<name>.json` (rank 0): what was done, for people to read."""
-
-    def notice(self, message: str) -> None:
-        """One warning line, on rank 0."""
-
-
 class Method:
     """Base of all methods; every hook does nothing unless overridden.
 
     Class attributes:
         name: the value of `--cl_method` and the prefix of its flags.
-        title, paper: for listings and pages.
+        title, summary, cost, paper: for listings and pages; `summary` says what it does, `cost` what a step costs over
+            plain LoRA. They are Markdown, without a `|`.
         config_class: its config dataclass.
         support: what it supports.
         needs_rows: uses the rows as data (refuses streaming data sets).
@@ -275,6 +69,8 @@ class Method:
 
     name: ClassVar[str]
     title: ClassVar[str]
+    summary: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[MethodConfig]] = MethodConfig
     support: ClassVar[Support] = Support()
@@ -294,6 +90,11 @@ class Method:
     def required_flags(self) -> Mapping[str, str]:
         """ms-swift flags that this configuration needs: set where they are not given, refused where they differ."""
         return {}
+
+    def weighs_tokens(self) -> bool:
+        """Whether a loss of its own (`replaces_loss`) counts `ctx.token_weights`; else a `--loss_scale` with weights is
+        refused."""
+        return False
 
     def phases(self, first_task: bool) -> Sequence[Phase]:
         """The trainings that a stage consists of; the last one is its own, whose end is the stage's.

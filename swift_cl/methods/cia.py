@@ -119,9 +119,13 @@ class Cia(Method):
 
     name: ClassVar[str] = "cia"
     title: ClassVar[str] = "Large Continual Instruction Assistant (dynamic EMA)"
+    summary: ClassVar[str] = "keeps a moving average of the weights with a step-wise balance weight"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.10868"
     config_class: ClassVar[type[MethodConfig]] = CiaConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), zero0_low_precision=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora",), full_deepspeed=(), zero0_low_precision=False, encoder_decoder=True
+    )
 
     config: CiaConfig
 

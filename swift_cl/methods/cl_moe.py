@@ -76,6 +76,10 @@ class ClMoe(Method):
 
     name: ClassVar[str] = "cl_moe"
     title: ClassVar[str] = "CL-MoE: dual-router experts with momentum"
+    summary: ClassVar[str] = (
+        "experts with a router for tokens and one for tasks, blended with their past after each task"
+    )
+    cost: ClassVar[str] = "the experts"
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.00413"
     config_class: ClassVar[type[MethodConfig]] = ClMoeConfig
     support: ClassVar[Support] = Support(tuners=("moelora",), full_deepspeed=(), sequence_parallel=False)

@@ -43,13 +43,17 @@ class DynamicConpetConfig(MethodConfig):
     route_batch: int = setting(32, "Questions in one forward of the selector at inference, >= 1.")
 
     def validate(self) -> None:
+        self.check("dynamic_conpet")
+
+    def check(self, method: str) -> None:
+        """Refuse values out of range."""
         for name in ("selector_rank", "batch_limit", "memory", "route_batch"):
             if getattr(self, name) < 1:
-                self.fail("dynamic_conpet", name, "a whole number >= 1")
+                self.fail(method, name, "a whole number >= 1")
         if not 0 < self.lr < math.inf:
-            self.fail("dynamic_conpet", "lr", "a number > 0")
+            self.fail(method, "lr", "a number > 0")
         if not 0 < self.mix < 1:
-            self.fail("dynamic_conpet", "mix", "a number in (0, 1)")
+            self.fail(method, "mix", "a number in (0, 1)")
 
 
 class DynamicConpet(Method):
@@ -61,11 +65,11 @@ class DynamicConpet(Method):
 
     name: ClassVar[str] = "dynamic_conpet"
     title: ClassVar[str] = "Dynamic ConPET: one adapter per task and a selector of constant cost"
+    summary: ClassVar[str] = "an adapter a task and a selector of constant cost that chooses one"
+    cost: ClassVar[str] = "the selector"
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.14763"
     config_class: ClassVar[type[MethodConfig]] = DynamicConpetConfig
-    support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), sequence_parallel=False, liger=False
-    )
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), sequence_parallel=False, liger=False)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 
@@ -119,17 +123,19 @@ class DynamicConpet(Method):
                 parameter.requires_grad_(trained)
 
     def _add(self, ctx: TaskContext, model: Any) -> None:
-        from peft import set_peft_model_state_dict
+        from peft import PeftModel, set_peft_model_state_dict
         from safetensors.torch import load_file
 
         config = copy.deepcopy(model.peft_config[TRAINED])
         config.lora_alpha = config.lora_alpha * self.config.selector_rank / config.r
         config.r, config.lora_dropout, config.init_lora_weights = self.config.selector_rank, 0.0, True
-        config.rank_pattern, config.alpha_pattern = {}, {}
+        config.rank_pattern, config.alpha_pattern, config.modules_to_save = {}, {}, None
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed32(self.name, ctx.seed, ctx.task))
-            model.add_adapter(SELECTOR, config)
+            # Not `model.add_adapter`: a model that classifies would get a copy of its head too, of which ZeRO-3 knows
+            # nothing. The selector has a head of its own.
+            PeftModel.add_adapter(model, SELECTOR, config)
         previous = ctx.earlier[-1].state_dir / SELECTOR / ADAPTER_FILE
         if self.config.selector_init == "previous" and len(ctx.earlier) > 1:
             if not previous.is_file():
@@ -159,20 +165,24 @@ class DynamicConpet(Method):
         total = 0.0
         with ctx.statistics_mode(), torch.enable_grad():
             for rows in islice(order, self.config.batch_limit):
-                optimizer.zero_grad()
                 own = rows[ctx.rank :: ctx.world_size]
+                gradients = [torch.zeros_like(parameter) for parameter in trained]
                 value = torch.zeros((), device=ctx.device)
-                for start in range(0, len(own), ctx.micro_batch):
+                # Every rank runs the same number of forwards, because under ZeRO-3 a forward needs all of them; one
+                # that has no rows left runs the first of the batch, which counts nothing.
+                for start in range(0, math.ceil(len(rows) / ctx.world_size), ctx.micro_batch):
                     part = own[start : start + ctx.micro_batch]
-                    inputs = [prompts[task][i] for task, i in part]
+                    inputs = [prompts[task][i] for task, i in part or rows[:1]]
                     features = last_token_features(ctx.module_for_forward, inputs, ctx.device)
-                    loss = selector_loss(head(features), [task for task, _ in part]) / len(rows)
-                    torch.autograd.backward(loss)
-                    value += loss.detach()
-                total = float(_reduce(ctx, trained, value))
+                    loss = selector_loss(head(features), [task for task, _ in part or rows[:1]]) / len(rows)
+                    # Not `backward`, whose hooks belong to an engine: its training is over.
+                    found = torch.autograd.grad(loss * bool(part), trained, materialize_grads=True)
+                    torch._foreach_add_(gradients, list(found))
+                    value += loss.detach() * bool(part)
+                total = float(_reduce(ctx, trained, gradients, value))
                 optimizer.step()
         if not math.isfinite(total):
-            raise RunFailure(f"the selector's loss is {total} after task '{ctx.task}'; lower --dynamic_conpet_lr")
+            raise RunFailure(f"the selector's loss is {total} after task '{ctx.task}'; lower --{self.name}_lr")
         guessing = math.log(len(prompts))
         ctx.notice(f"the selector of {len(prompts)} tasks ends with a loss of {total:.3g}; guessing has {guessing:.3g}")
         return total
@@ -227,13 +237,9 @@ def _endless(size: int, *key: Key) -> Iterator[int]:
         number += 1
 
 
-def _reduce(ctx: TaskContext, trained: "list[Tensor]", value: "Tensor") -> "Tensor":
-    """Sum gradients and loss over the ranks; a rank without a row of the batch adds zeros."""
-    if ctx.world_size == 1:
-        return value
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([*(g.reshape(-1).float() for g in gradients), value.reshape(1)])
-    flat = ctx.all_reduce_sum(flat)
+def _reduce(ctx: TaskContext, trained: "list[Tensor]", gradients: "list[Tensor]", value: "Tensor") -> "Tensor":
+    """Sum gradients and loss over the ranks."""
+    flat = ctx.all_reduce_sum(torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), value.reshape(1)]))
     offset = 0
     for parameter in trained:
         size = parameter.numel()
@@ -252,4 +258,6 @@ def _save(model: Any, folder: Path) -> None:
         stream.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}))
     config = copy.deepcopy(model.peft_config[SELECTOR])
     config.inference_mode = True
+    if config.task_type == "SEQ_CLS":
+        config.task_type = None  # else it would want a head on the model that it is loaded on
     config.save_pretrained(str(folder))

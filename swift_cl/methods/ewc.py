@@ -9,6 +9,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._answers import IGNORED, predicted, predicted_tokens, unlabelled
 from swift_cl.methods._draws import permutation, seed32
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
@@ -46,7 +47,7 @@ class EwcConfig(MethodConfig):
         ("token", "sample", "mean"),
     )
     fisher_samples: int = setting(512, "Rows of the task that the Fisher is measured on, >= 1; at most all.")
-    seed: int = setting(0, "Seed of the rows and of the sampled labels.")
+    seed: int = setting(0, "Seed of the rows and of the sampled labels, >= 0.")
 
     def validate(self) -> None:
         if not 0 <= self.lambda_ < math.inf:
@@ -57,6 +58,8 @@ class EwcConfig(MethodConfig):
             self.fail("ewc", "gamma", "only with --ewc_mode online")
         if self.fisher_samples < 1:
             self.fail("ewc", "fisher_samples", "a whole number >= 1")
+        if self.seed < 0:
+            self.fail("ewc", "seed", "a whole number >= 0")
 
 
 @dataclass
@@ -100,10 +103,15 @@ class Ewc(Method):
 
     name: ClassVar[str] = "ewc"
     title: ClassVar[str] = "Elastic Weight Consolidation"
+    summary: ClassVar[str] = "quadratic anchor weighted by the diagonal Fisher, separate or online"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/1612.00796"
     config_class: ClassVar[type[MethodConfig]] = EwcConfig
     support: ClassVar[Support] = Support(
-        tuners=("lora", "full", "moelora"), zero0_low_precision=False, sequence_parallel=False
+        tuners=("lora", "full", "moelora"),
+        zero0_low_precision=False,
+        sequence_parallel=False,
+        encoder_decoder=True,
     )
     needs_rows: ClassVar[bool] = True
 
@@ -111,7 +119,8 @@ class Ewc(Method):
 
     def __init__(self, config: EwcConfig) -> None:
         super().__init__(config)
-        self._names: list[str] = []
+        self._acts = False
+        self._names: list[str] = []  # of what this process has a part of
         self._anchor: list[Tensor] = []
         self._strength: list[Tensor] = []  # lambda S
         self._constant = 0.0  # lambda/2 c
@@ -130,9 +139,12 @@ class Ewc(Method):
             return
         quadratic = self._previous(ctx, weights)
         strength = self.config.lambda_
-        self._names = list(weights)
-        self._anchor = [quadratic.anchor[name].to(weights[name].device) for name in self._names]
-        self._strength = [quadratic.importance[name].to(weights[name].device) * strength for name in self._names]
+        here = {name: weight.device for name, weight in weights.items()}
+        anchor = ctx.parts_of({name: quadratic.anchor[name].to(device) for name, device in here.items()})
+        importance = ctx.parts_of({name: quadratic.importance[name].to(device) for name, device in here.items()})
+        self._acts, self._names = True, list(anchor)
+        self._anchor = list(anchor.values())
+        self._strength = [importance[name] * strength for name in self._names]
         self._constant = strength / 2 * quadratic.offset
         self._guard_step = math.ceil(0.1 * ctx.max_steps)
 
@@ -154,30 +166,31 @@ class Ewc(Method):
         # sums up the cross-entropy that the guard compares with. The weight undoes the Trainer's scaling of `loss`.
         labels = inputs.get("labels")
         if ctx.step < self._guard_step and labels is not None:
-            count = (labels[:, 1:] != -100).sum()
+            count = (predicted(ctx.module_for_forward, labels) != IGNORED).sum()
             weight = ctx.token_mean(count, count.clamp(min=1))
             self._ce = loss.detach() if self._ce is None else self._ce + loss.detach()
             self._ce_weight = weight if self._ce_weight is None else self._ce_weight + weight
         return None
 
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
-        if not self._names:
+        if not self._acts:
             return
-        weights = ctx.weights()
-        distances = torch._foreach_sub([weights[name] for name in self._names], self._anchor)
+        weights = ctx.weight_parts()
+        distances = _each(torch._foreach_sub, [weights[name] for name in self._names], self._anchor)
         guarding = ctx.step + 1 == self._guard_step
         if ctx.is_logging_step or guarding:
-            penalty = self._penalty(distances)
+            penalty = ctx.sum_of_parts(self._penalty(distances, ctx.device))
             ctx.log("ewc_penalty", penalty + self._constant)
             if guarding:
                 self._guard(ctx, penalty)
-        torch._foreach_mul_(distances, self._strength)
-        for name, pull in zip(self._names, distances, strict=True):
-            grads[name] = pull.add_(grads[name])
+        for name, pull in zip(self._names, _each(torch._foreach_mul, distances, self._strength), strict=True):
+            grads.add_part(name, pull)
 
-    def _penalty(self, distances: "Sequence[Tensor]") -> "Tensor":
+    def _penalty(self, distances: "Sequence[Tensor]", device: Any) -> "Tensor":
+        """Of this process's parts, of which it may have none."""
         pairs = zip(self._strength, distances, strict=True)
-        return torch.stack([(strength * distance.square()).sum() for strength, distance in pairs]).sum() / 2
+        total = torch.zeros((), device=device)
+        return sum(((strength * distance.square()).sum() for strength, distance in pairs), total) / 2
 
     def _guard(self, ctx: TaskContext, penalty: "Tensor") -> None:
         if self._ce is None or self._ce_weight is None:
@@ -214,8 +227,8 @@ class Ewc(Method):
     def fisher(self, ctx: TaskContext) -> "tuple[dict[str, Tensor], int, int]":
         """(Fisher diagonal by name, rows, answer tokens) of the current task at the current weights, over all ranks."""
         rows = self._rows(ctx)
-        tokens = sum(_answer_tokens(row) for _, row in rows)
-        names, parameters = list(ctx.parameters), list(ctx.parameters.values())
+        tokens = sum(predicted_tokens(ctx.module_for_forward, row["labels"]) for _, row in rows)
+        names = list(ctx.parameters)
         weights = ctx.weights()
         squares = [torch.zeros_like(weights[name]) for name in names]
         with ctx.statistics_mode():
@@ -223,7 +236,7 @@ class Ewc(Method):
                 # Every rank does the same number of passes (ZeRO-3 gathers in each); a pass too many is not counted.
                 position = first + ctx.rank
                 index, row = rows[min(position, len(rows) - 1)]
-                found = self._gradient_of_row(ctx, parameters, row, index)
+                found = self._gradient_of_row(ctx, names, row, index)
                 if position < len(rows):
                     used = [(s, g.float()) for s, g in zip(squares, found, strict=True) if g is not None]
                     torch._foreach_addcmul_([s for s, _ in used], [g for _, g in used], [g for _, g in used])
@@ -246,26 +259,27 @@ class Ewc(Method):
             if len(found) == self.config.fisher_samples:
                 break
             encoded = ctx.encode([rows[index]])[0]
-            if encoded and _answer_tokens(encoded):
+            if encoded and predicted_tokens(ctx.module_for_forward, encoded["labels"]):
                 found.append((index, encoded))
         if not found:
             raise RunFailure(f"ewc: none of the {len(rows)} rows of task '{ctx.task}' has an answer to measure on")
         return found
 
     def _gradient_of_row(
-        self, ctx: TaskContext, parameters: "Sequence[Tensor]", row: dict[str, Any], index: int
+        self, ctx: TaskContext, names: Sequence[str], row: dict[str, Any], index: int
     ) -> "Sequence[Tensor | None]":
         """Gradient of the sum over answer tokens of log p(label)."""
         inputs = dict(ctx.collate([row]))
-        labels = inputs.pop("labels")[0, 1:]
-        answer = labels != -100
-        log_p = torch.log_softmax(ctx.module_for_forward(**inputs).logits[0, :-1][answer].float(), dim=-1)
+        module = ctx.module_for_forward
+        labels = predicted(module, inputs["labels"])[0]
+        answer = labels != IGNORED
+        log_p = torch.log_softmax(module(**unlabelled(module, inputs)).logits[0][answer].float(), dim=-1)
         if self.config.fisher == "sampled":
             targets = sampled_labels(log_p.detach(), seed32("ewc", self.config.seed, index))
         else:
             targets = labels[answer]
         total = log_p.gather(-1, targets.unsqueeze(-1)).sum()
-        return torch.autograd.grad(total, list(parameters), allow_unused=True)
+        return ctx.gradients_of(total, names)
 
 
 def sampled_labels(log_p: "Tensor", seed: int) -> "Tensor":
@@ -274,5 +288,6 @@ def sampled_labels(log_p: "Tensor", seed: int) -> "Tensor":
     return torch.multinomial(log_p.exp(), 1, generator=generator).squeeze(-1)
 
 
-def _answer_tokens(row: dict[str, Any]) -> int:
-    return sum(int(label) != -100 for label in row["labels"][1:])
+def _each(work: Any, first: "Sequence[Tensor]", second: "Sequence[Tensor]") -> "Sequence[Tensor]":
+    """One of torch's functions on lists, which take no empty ones."""
+    return work(first, second) if first else []

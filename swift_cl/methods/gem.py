@@ -5,16 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import full_shape
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
+from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._answers import IGNORED, predicted, predicted_tokens, unlabelled
 from swift_cl.methods._draws import permutation
-from swift_cl.methods._projection import FALLBACK_RIDGE, LARGEST_WEIGHT, agem_weight, gem_weights, gram
+from swift_cl.methods._projection import FALLBACK_RIDGE, LARGEST_WEIGHT, agem_weight, gem_weights
 from swift_cl.methods._row_store import RowStore, SeenTask, StoredRow, usable_rows
+from swift_cl.methods._state import unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, TrainingRow, setting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from swift_cl.methods._spread import Layout
 else:
     from swift_cl.lazy import LazyModule
 
@@ -66,11 +72,9 @@ class MemoryRow:
     tokens: int
 
     @classmethod
-    def of(cls, encoded: dict[str, Any]) -> "MemoryRow":
-        """Count the label tokens; the first token of a row has nothing before it and is not predicted."""
-        labels = encoded.get("labels", [])
-        labels = labels.tolist() if hasattr(labels, "tolist") else labels
-        return cls(encoded, sum(label != -100 for label in labels[1:]))
+    def of(cls, encoded: dict[str, Any], module: Any = None) -> "MemoryRow":
+        """Count the label tokens that `module` predicts."""
+        return cls(encoded, predicted_tokens(module, encoded.get("labels", [])))
 
 
 class Gem(Method):
@@ -78,10 +82,14 @@ class Gem(Method):
 
     name: ClassVar[str] = "gem"
     title: ClassVar[str] = "Gradient Episodic Memory, Averaged GEM"
+    summary: ClassVar[str] = (
+        "projects the gradient so that no stored task's loss rises; `--gem_mode agem` for averaged GEM"
+    )
+    cost: ClassVar[str] = "1 pass a task (agem: 1)"
     paper: ClassVar[str] = "https://arxiv.org/abs/1706.08840"
     config_class: ClassVar[type[MethodConfig]] = GemConfig
     support: ClassVar[Support] = Support(
-        tuners=("lora", "full", "moelora"), full_deepspeed=(0,), sequence_parallel=False, liger=False
+        tuners=("lora", "full", "moelora"), sequence_parallel=False, liger=False, encoder_decoder=True
     )
     needs_rows: ClassVar[bool] = True
     config: GemConfig
@@ -89,7 +97,8 @@ class Gem(Method):
     def __init__(self, config: GemConfig) -> None:
         super().__init__(config)
         self._memories: dict[str, list[MemoryRow]] = {}
-        self._gradients: list[Tensor] = []
+        self._layout: Layout | None = None
+        self._gradients: list[Tensor] = []  # as the layout has them
         self._computed_at = -1
         self._before: Tensor | None = None
 
@@ -107,7 +116,8 @@ class Gem(Method):
         store = RowStore.load(ctx, self.name)
         memories = {}
         for entry in store.seen:
-            rows = [MemoryRow.of(e) for e in ctx.encode([stored.row for stored in store.of_task(entry.task)])]
+            encoded = ctx.encode([stored.row for stored in store.of_task(entry.task)])
+            rows = [MemoryRow.of(row, ctx.module_for_forward) for row in encoded]
             memories[entry.task] = [row for row in rows if row.tokens > 0]
             dropped = len(rows) - len(memories[entry.task])
             if dropped:
@@ -120,17 +130,21 @@ class Gem(Method):
         if self.config.mode == "agem" and memories:
             memories = {_POOLED: [row for rows in memories.values() for row in rows]}
         self._memories = memories
+        from swift_cl.methods._spread import Layout
+
+        shapes = {name: full_shape(parameter) for name, parameter in ctx.parameters.items()}
+        # Of a model that is tuned in full a rank keeps parts: there are as many gradients as earlier tasks.
+        self._layout = Layout(ctx, shapes, spread=not is_peft(ctx.model))
 
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
         """Project the gradient where it would raise a memory's loss; leave it untouched elsewhere."""
         self._before = None
         if not self._memories:
             return
-        current = grads.flat()
-        self._refresh(ctx, grads, current)
-        # Rank 0's products decide for all, so that replicas cannot part over a last bit.
-        products = gram([*self._gradients, current])
-        products = ctx.all_reduce_sum(products if ctx.rank == 0 else torch.zeros_like(products)).cpu()
+        assert self._layout is not None
+        current = self._layout.own(grads[name] for name in grads.names)
+        self._refresh(ctx)
+        products = self._layout.products([*self._gradients, current]).cpu()
         if not products.isfinite().all():
             ctx.notice(f"step {ctx.step}: a gradient is not finite, so it is not projected")
             return
@@ -143,24 +157,32 @@ class Gem(Method):
             for weight, gradient in zip(self._weights(ctx, products), self._gradients, strict=True):
                 if weight != 0.0:
                     projected.add_(gradient, alpha=weight)
-            grads.set_flat(projected)
+            for name, gradient in self._layout.whole(projected):
+                grads[name] = gradient
         if ctx.is_logging_step:
-            self._before = self._flat_weights(ctx, grads.names)
+            self._before = self._flat_weights(ctx)
 
     def after_step(self, ctx: TaskContext) -> None:
         """On logging steps: whether the optimizer's real update, which is not z, still keeps the memories' losses."""
         if self._before is None:
             return
-        descent = self._before - self._flat_weights(ctx, list(ctx.parameters))
+        assert self._layout is not None
+        descent = self._before - self._flat_weights(ctx)
         self._before = None
-        cosines = [torch.nn.functional.cosine_similarity(descent, g, dim=0) for g in self._gradients]
-        ctx.log("gem_update_min_cos", torch.stack(cosines).min())
+        products = self._layout.products([*self._gradients, descent])
+        norms = products.diagonal().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        ctx.log("gem_update_min_cos", (products[:-1, -1] / norms[:-1] / norms[-1]).min())
 
     def checkpoint_state(self, ctx: TaskContext) -> MethodState | None:
         """Memory gradients that later steps still use; batches are functions of the step and need no state."""
         if self.config.refresh_steps == 1 or not self._memories:
             return None
-        tensors = {f"gradient_{k}": gradient for k, gradient in enumerate(self._gradients)}
+        assert self._layout is not None
+        tensors = {
+            f"gradient_{k}/{name}": tensor.to("cpu", copy=True)
+            for k, gradient in enumerate(self._gradients)
+            for name, tensor in self._layout.whole(gradient)
+        }
         return MethodState(tensors=tensors, meta={"computed_at": self._computed_at, "memories": list(self._memories)})
 
     def restore_checkpoint(self, ctx: TaskContext, state: MethodState) -> None:
@@ -171,15 +193,18 @@ class Gem(Method):
                 f"{list(self._memories)}; was --gem_mode changed?"
             )
         self._computed_at = state.meta["computed_at"]
-        self._gradients = [state.tensors[f"gradient_{k}"].to(ctx.device) for k in range(len(state.tensors))]
+        assert self._layout is not None
+        stored = [unpack(state.tensors, f"gradient_{k}") for k in range(len(self._memories))]
+        self._gradients = [self._layout.own(t[name].to(ctx.device) for name in ctx.parameters) for t in stored if t]
 
     def end_task(self, ctx: TaskContext) -> MethodState | None:
         """Add rows of this task to the memory."""
         rows = ctx.training_rows()
         store = RowStore.load(ctx, self.name)
         order = permutation(len(rows), self.config.seed, ctx.task, "store")
+        module = ctx.module_for_forward
         chosen, dropped = usable_rows(
-            ctx, rows, order, self.config.memory_size, usable=lambda encoded: MemoryRow.of(encoded).tokens > 0
+            ctx, rows, order, self.config.memory_size, usable=lambda encoded: MemoryRow.of(encoded, module).tokens > 0
         )
         if not chosen:
             raise UserError(f"task '{ctx.task}': no row has a label token, so there is none to remember")
@@ -203,20 +228,20 @@ class Gem(Method):
             ctx.notice(f"step {ctx.step}: weights above {LARGEST_WEIGHT:g}, so the ridge {FALLBACK_RIDGE:g} was used")
         return [float(weight) for weight in solution.weights]
 
-    def _flat_weights(self, ctx: TaskContext, names: Sequence[str]) -> "Tensor":
+    def _flat_weights(self, ctx: TaskContext) -> "Tensor":
+        assert self._layout is not None
         weights = ctx.weights()
-        return torch.cat([weights[name].reshape(-1) for name in names])
+        return self._layout.own(weights[name] for name in ctx.parameters)
 
-    def _refresh(self, ctx: TaskContext, grads: Gradients, current: "Tensor") -> None:
+    def _refresh(self, ctx: TaskContext) -> None:
         since = ctx.step - ctx.step % self.config.refresh_steps
         if self._gradients and since == self._computed_at and since != ctx.step:
             return
         self._gradients = []  # frees the old ones first: there may be (t - 1) x parameters of them
-        sizes = [grads[name].numel() for name in grads.names]
-        parameters = [ctx.parameters[name] for name in grads.names]
+        assert self._layout is not None
         for task, rows in self._memories.items():
             batch = memory_batch(rows, self.config.mem_batch, ctx.world_size, self.config.seed, ctx.step, task)
-            self._gradients.append(memory_gradient(ctx, batch, parameters, sizes, current))
+            self._gradients.append(memory_gradient(ctx, batch, self._layout))
         self._computed_at = since
 
 
@@ -227,35 +252,25 @@ def memory_batch(rows: list[MemoryRow], size: int, world_size: int, seed: int, s
     return [rows[i] for i in permutation(len(rows), seed, step, task)[: max(size, world_size)]]
 
 
-def memory_gradient(
-    ctx: TaskContext, batch: Sequence[MemoryRow], parameters: Sequence[Any], sizes: Sequence[int], like: "Tensor"
-) -> "Tensor":
-    """Gradient of the token-mean cross-entropy over `batch`, each rank computing its part; flat, fp32."""
+def memory_gradient(ctx: TaskContext, batch: Sequence[MemoryRow], layout: "Layout") -> "Tensor":
+    """Gradient of the token-mean cross-entropy over `batch`, each rank computing its part; as the layout has it."""
     mine = batch[ctx.rank :: ctx.world_size]
     longest = math.ceil(len(batch) / ctx.world_size)
-    total = torch.zeros_like(like)
+    shapes = {name: full_shape(parameter) for name, parameter in ctx.parameters.items()}
+    totals = [torch.zeros(shape, dtype=torch.float32, device=ctx.device) for shape in shapes.values()]
     with ctx.statistics_mode():
         # Every rank runs the same number of forwards, because under ZeRO-3 a forward needs all of them; one that has
         # no rows left runs the first with its labels masked, which adds zero.
         for start in range(0, longest, ctx.micro_batch):
             rows = mine[start : start + ctx.micro_batch]
             inputs = dict(ctx.collate([row.encoded for row in rows or batch[:1]]))
-            labels = inputs.pop("labels")
-            labels = labels if rows else torch.full_like(labels, -100)
-            logits = ctx.module_for_forward(**inputs).logits.float()
-            # Shifting the labels, not the logits, spares a copy of the logits.
-            following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            module, labels = ctx.module_for_forward, inputs["labels"]
+            logits = module(**unlabelled(module, inputs)).logits.float()
+            following = predicted(module, labels if rows else torch.full_like(labels, IGNORED))
             summed = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum"
+                logits.flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="sum"
             )
-            total += _flat(torch.autograd.grad(summed, parameters, allow_unused=True), sizes, like)
-    return ctx.all_reduce_sum(total) / sum(row.tokens for row in batch)
-
-
-def _flat(gradients: "Sequence[Tensor | None]", sizes: Sequence[int], like: "Tensor") -> "Tensor":
-    return torch.cat(
-        [
-            like.new_zeros(size) if gradient is None else gradient.reshape(-1).float()
-            for gradient, size in zip(gradients, sizes, strict=True)
-        ]
-    )
+            for total, found in zip(totals, ctx.gradients_of(summed, list(shapes)), strict=True):
+                if found is not None:
+                    total += found
+    return layout.summed(totals) / sum(row.tokens for row in batch)

@@ -82,6 +82,8 @@ class ILora(Method):
 
     name: ClassVar[str] = "i_lora"
     title: ClassVar[str] = "Interpolation-based LoRA (I-LoRA)"
+    summary: ClassVar[str] = "a slow average of the weights that memory rows are held to"
+    cost: ClassVar[str] = "1 forward on memory rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.18865"
     config_class: ClassVar[type[MethodConfig]] = ILoraConfig
     support: ClassVar[Support] = Support(

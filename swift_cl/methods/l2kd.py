@@ -47,6 +47,9 @@ class L2kdConfig(LamolFamilyConfig):
         "distill", "'distill' has a teacher for the first task too; 'plain' learns it as lamol.", ("distill", "plain")
     )
     teacher_epochs: float = setting(0.0, "Epochs of the teacher, > 0; 0 for those of the stage.")
+    num_beams: int = setting(
+        1, "Hypotheses of a beam search for the teacher's answers, >= 1; 1 is greedy. Variants seq and seq_soft only."
+    )
     keep_teacher: bool = setting(False, "Keep the teacher's adapter after the stage.")
 
     def validate(self) -> None:
@@ -55,6 +58,12 @@ class L2kdConfig(LamolFamilyConfig):
             self.fail("l2kd", "kd_temperature", "a number > 0")
         if not 0 <= self.teacher_epochs < math.inf:
             self.fail("l2kd", "teacher_epochs", "a number > 0, or 0 for the stage's own")
+        if self.num_beams < 1:
+            self.fail("l2kd", "num_beams", "1 or more")
+        if self.num_beams > 1 and self.variant == "word":
+            self.fail("l2kd", "num_beams", "1, because with --l2kd_variant word the teacher writes no answers")
+        if self.num_beams > 1 and self.gen_backend != "transformers":
+            self.fail("l2kd", "num_beams", f"1 with --l2kd_gen_backend {self.gen_backend}, which has no beam search")
 
 
 class L2kd(LamolFamily):
@@ -62,6 +71,8 @@ class L2kd(LamolFamily):
 
     name: ClassVar[str] = "l2kd"
     title: ClassVar[str] = "Lifelong Language Knowledge Distillation"
+    summary: ClassVar[str] = "`lamol`, new rows learnt from a teacher that learnt the task alone"
+    cost: ClassVar[str] = "as `lamol`, 1 forward; two trainings"
     paper: ClassVar[str] = "https://arxiv.org/abs/2010.02123"
     config_class: ClassVar[type[LamolFamilyConfig]] = L2kdConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), sequence_parallel=False, liger=False)
@@ -93,11 +104,11 @@ class L2kd(LamolFamily):
         return super().prepare_task(ctx, rows)
 
     def _answered(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
-        """Rows with the teacher's greedy answers; where one is cut off or empty, the given answer stays."""
+        """Rows with the teacher's likeliest answers; where one is cut off or empty, the given answer stays."""
         lengths = sorted(sum(label != -100 for label in row["labels"]) for row in ctx.encode(rows) if row)
         longest = math.ceil(1.5 * lengths[math.ceil(0.95 * len(lengths)) - 1]) if lengths else 1
         prompts = [Prompt(tuple(row["messages"][:-1])) for row in rows]
-        sampling = Sampling(0.0, min(longest, self.config.max_new_tokens))
+        sampling = Sampling(0.0, min(longest, self.config.max_new_tokens), beams=self.config.num_beams)
         with ctx.engine(ctx.phases["teacher"], self.config.gen_backend) as engine:
             asked = [prompt.sha256 for prompt in prompts]
             depends_on = {"generator": dict(engine.identity), "sampling": sampling.to_json(), "prompts": asked}

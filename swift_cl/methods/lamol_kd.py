@@ -48,6 +48,8 @@ class LamolKd(LamolFamily):
 
     name: ClassVar[str] = "lamol_kd"
     title: ClassVar[str] = "LAMOL with distillation on generated rows"
+    summary: ClassVar[str] = "`lamol`, generated rows learnt from the previous model's distributions"
+    cost: ClassVar[str] = "as `lamol`, 1 forward on generated rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.07887"
     config_class: ClassVar[type[LamolFamilyConfig]] = LamolKdConfig
     support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), sequence_parallel=False, liger=False)

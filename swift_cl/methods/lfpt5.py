@@ -109,6 +109,11 @@ class Lfpt5(GeneratedRehearsal):
 
     name: ClassVar[str] = "lfpt5"
     title: ClassVar[str] = "LFPT5: lifelong few-shot language learning with prompt tuning"
+    summary: ClassVar[str] = (
+        "a soft prompt per type of task that answers and generates; earlier tasks of the type are rehearsed "
+        "and distilled"
+    )
+    cost: ClassVar[str] = "as `lamol`, 1 forward on generated rows, prompt positions"
     paper: ClassVar[str] = "https://arxiv.org/abs/2110.07298"
     config_class: ClassVar[type[MethodConfig]] = Lfpt5Config
     support: ClassVar[Support] = Support(

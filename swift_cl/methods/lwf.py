@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import held, held_before
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import AdapterSwitch, is_peft, load_frozen_adapter
+from swift_cl.methods._answers import IGNORED, is_encoder_decoder, predicted, unlabelled
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, setting
 
 if TYPE_CHECKING:
@@ -64,9 +66,11 @@ class Lwf(Method):
 
     name: ClassVar[str] = "lwf"
     title: ClassVar[str] = "Learning without Forgetting"
+    summary: ClassVar[str] = "distils the previous model on the new task's rows"
+    cost: ClassVar[str] = "about 1.3x"
     paper: ClassVar[str] = "https://arxiv.org/abs/1606.09282"
     config_class: ClassVar[type[MethodConfig]] = LwfConfig
-    support: ClassVar[Support] = Support(full_deepspeed=(0, 1, 2), sequence_parallel=False, liger=False)
+    support: ClassVar[Support] = Support(sequence_parallel=False, liger=False, encoder_decoder=True)
     needs_rows: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
 
@@ -99,13 +103,12 @@ class Lwf(Method):
                 self._adapters = [TEACHER]
             self._switch = AdapterSwitch(model)
         else:
-            self._frozen = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+            self._frozen = {name: held(parameter).clone() for name, parameter in ctx.parameters.items()}
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
         if self._frozen:
-            live = dict(ctx.module_for_forward.named_parameters())
-            self._frozen = {name: t.to(live[name].device, live[name].dtype) for name, t in self._frozen.items()}
+            self._frozen = {name: held_before(ctx.parameters[name], value) for name, value in self._frozen.items()}
             size = sum(t.numel() * t.element_size() for t in self._frozen.values())
             ctx.notice(f"full fine-tuning: the teacher takes {size / 2**30:.3g} GiB more")
         if self._has_teacher and ctx.earlier and ctx.step == 0:
@@ -117,7 +120,8 @@ class Lwf(Method):
         for row in [row for row in rows if row][:CHECKED_ROWS]:
             inputs = ctx.collate([row])
             with torch.no_grad(), ctx.statistics_mode():
-                student = ctx.module_for_forward(**_without_labels(inputs))
+                module = ctx.module_for_forward
+                student = module(**unlabelled(module, inputs))
             total, count = self._divergence(ctx, inputs, student)
             per_token = float(total / count.clamp(min=1))
             if not abs(per_token) < CHECKED_LIMIT:
@@ -128,7 +132,7 @@ class Lwf(Method):
 
     def window(self, ctx: TaskContext, batches: Sequence[Mapping[str, Any]]) -> None:
         if self._has_teacher and self.config.tokens == "all":
-            counts = [self._positions(batch).sum() for batch in batches]
+            counts = [self._positions(ctx, batch).sum() for batch in batches]
             self._window_count = ctx.all_reduce_sum(torch.stack(counts).sum().to(ctx.device)).clamp(min=1)
 
     def loss(
@@ -163,24 +167,22 @@ class Lwf(Method):
                 f"the teacher's logits are {tuple(teacher.shape)} and the student's {tuple(student.shape)}; method "
                 "'lwf' needs the same vocabulary in every stage"
             )
-        positions = self._positions(inputs)
-        # The logits at the last position predict nothing that is known.
-        mask = torch.nn.functional.pad(positions, (0, 1), value=False).flatten()
+        positions = self._positions(ctx, inputs)
         total = divergence_sum(
             student.flatten(0, 1),
             teacher.flatten(0, 1),
-            mask,
+            positions.flatten(),
             self.config.temperature,
             self.config.top_k,
             self.config.chunk_tokens,
         )
         return total, positions.sum()
 
-    def _positions(self, batch: Mapping[str, Any]) -> "Tensor":
-        """Which logits are distilled, [batch, length - 1]: index t stands for the prediction of token t + 1."""
+    def _positions(self, ctx: TaskContext, batch: Mapping[str, Any]) -> "Tensor":
+        """Which logits are distilled, [batch, length]."""
         labels: Tensor = batch["labels"]
-        if self.config.tokens == "answer":
-            return labels[:, 1:] != -100
+        if self.config.tokens == "answer" or is_encoder_decoder(ctx.module_for_forward):  # its logits are the answer's
+            return predicted(ctx.module_for_forward, labels) != IGNORED
         attention, position_ids = batch.get("attention_mask"), batch.get("position_ids")
         real = torch.ones_like(labels, dtype=torch.bool)
         if attention is not None and attention.shape == labels.shape:
@@ -188,17 +190,18 @@ class Lwf(Method):
         wanted = real[:, 1:] & real[:, :-1]
         if position_ids is not None and position_ids.shape == labels.shape:
             wanted = wanted & (position_ids[:, 1:] > 0)  # packed rows: the next row's first token is not predicted
-        return wanted
+        # The logits at the last position predict nothing that is known.
+        return torch.nn.functional.pad(wanted, (0, 1), value=False)
 
     def _teacher_logits(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> "Tensor":
         """The previous model's logits for exactly the student's inputs, so that positions match by construction."""
-        module, given = ctx.module_for_forward, _without_labels(inputs)
+        given = unlabelled(ctx.module_for_forward, inputs)
         with torch.no_grad(), ctx.statistics_mode():
             if self._switch is None:
-                logits: Tensor = torch.func.functional_call(module, self._frozen, (), given).logits
+                logits: Tensor = ctx.forward_with(self._frozen, given).logits
             else:
                 with self._switch.active(*self._adapters):
-                    logits = module(**given).logits
+                    logits = ctx.module_for_forward(**given).logits
         return logits
 
     def checkpoint_state(self, ctx: TaskContext) -> MethodState | None:
@@ -214,7 +217,3 @@ class Lwf(Method):
 
     def end_task(self, ctx: TaskContext) -> MethodState:
         return MethodState(meta=dict(self._origin))
-
-
-def _without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != "labels"}

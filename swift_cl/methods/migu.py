@@ -1,11 +1,12 @@
 """migu: only the weights of the units with the largest outputs are updated (magnitude-based gradient updating)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.lazy import LazyModule
-from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
+from swift_cl.methods.base import Gradients, Method, MethodConfig, TaskContext, setting
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,10 @@ class Migu(Method):
 
     name: ClassVar[str] = "migu"
     title: ClassVar[str] = "Magnitude-based gradient updating (MIGU)"
+    summary: ClassVar[str] = "only the weights of units with large outputs are updated"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.17245"
     config_class: ClassVar[type[MethodConfig]] = MiguConfig
-    support: ClassVar[Support] = Support()
-
     config: MiguConfig
 
     def __init__(self, config: MiguConfig) -> None:
@@ -55,13 +56,17 @@ class Migu(Method):
         self._handles: list[Any] = []
         self._counting = False
         self._real: Tensor | None = None  # tokens that are no padding, of the forward that runs
+        self._predicting: Tensor | None = None  # of the micro-batch, [rows, length]: whether a label follows
+        self._kept: Tensor | None = None  # of these the ones that the output head runs on
 
     def train_begin(self, ctx: TaskContext) -> None:
         """Watch the layers; off in the first task, as in the released code."""
         if not ctx.earlier:
             return
         model = ctx.module_for_forward
-        names = {id(parameter): name for name, parameter in ctx.parameters.items()}
+        # A head that is tied to the embedding has rows that are inputs too.
+        tied = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+        names = {id(p): name for name, p in ctx.parameters.items() if id(p) not in tied}
         for module_name, module in model.named_modules():
             if not isinstance(module, torch.nn.Linear):
                 continue
@@ -73,8 +78,20 @@ class Migu(Method):
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
 
+    @contextmanager
+    def forward(self, ctx: TaskContext, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Note which positions of a micro-batch predict a label."""
+        labels = inputs.get("labels")
+        self._predicting = None
+        if labels is not None and labels.dim() == 2:
+            self._predicting = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) != -100
+        yield
+
     def _begin(self, model: Any, arguments: Any, options: dict[str, Any]) -> None:
         self._counting = bool(model.training)
+        keep, self._kept = options.get("logits_to_keep"), None
+        if keep is not None and self._predicting is not None:
+            self._kept = self._predicting[:, -keep:] if isinstance(keep, int) else self._predicting[:, keep]
         mask = options.get("attention_mask")
         self._real = mask.bool() if mask is not None and mask.dim() == 2 else None
 
@@ -84,7 +101,11 @@ class Migu(Method):
     def _watch(self, module_name: str) -> Any:
         def watch(module: "nn.Module", arguments: Any, output: "Tensor") -> None:
             if self._counting:
-                found = self.magnitudes(output.detach(), self._real)
+                # ms-swift lets the head run from the first answer of the batch on, so what else it sees hangs on how
+                # rows are batched: it counts what predicts an answer.
+                positions = output.shape[:-1]
+                known = (mask for mask in (self._real, self._kept) if mask is not None and mask.shape == positions)
+                found = self.magnitudes(output.detach(), next(known, None))
                 before = self._magnitudes.get(module_name)
                 self._magnitudes[module_name] = found if before is None else before + found
 
@@ -95,7 +116,7 @@ class Migu(Method):
 
         Args:
             output: [..., units].
-            real: [rows, length], which tokens are no padding; ignored where the output has other tokens.
+            real: [rows, length], which tokens count; ignored where the output has other tokens.
         """
         size = output.float().abs()
         if self.config.statistic == "normalized":

@@ -17,6 +17,8 @@ class MoELoRA(Method):
 
     name: ClassVar[str] = "moe_lora"
     title: ClassVar[str] = "Mixture of LoRA experts (MoELoRA)"
+    summary: ClassVar[str] = "several LoRA experts with a router, tuned task after task (`--tuner_type moelora`)"
+    cost: ClassVar[str] = "the experts"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.08350"
     config_class: ClassVar[type[MethodConfig]] = MoELoRAConfig
     support: ClassVar[Support] = Support(tuners=("moelora",), streaming=True)

@@ -19,8 +19,10 @@ class Mtl(Method):
 
     name: ClassVar[str] = "mtl"
     title: ClassVar[str] = "Multi-task (joint) training"
+    summary: ClassVar[str] = "joint training on all tasks so far: the ceiling of Avg.ACC"
+    cost: ClassVar[str] = "none (more rows)"
     config_class: ClassVar[type[MethodConfig]] = MtlConfig
-    support: ClassVar[Support] = Support(any_tuner=True)
+    support: ClassVar[Support] = Support(any_tuner=True, encoder_decoder=True)
     needs_rows: ClassVar[bool] = True
     starts_fresh: ClassVar[bool] = True
 

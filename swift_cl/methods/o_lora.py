@@ -37,10 +37,12 @@ class OLoraConfig(MethodConfig):
         (*FORMS, "basis"),
     )
     max_rank: int = setting(
-        0, "Largest rank of the kept adapter, 0 for no limit; beyond it, the best approximation of that rank is kept."
+        0,
+        "Largest rank of the kept adapter, >= 0; 0 for no limit; beyond it the best approximation of it is kept.",
     )
     basis_rank: int = setting(
-        0, "Directions remembered per layer, 0 for all of them; beyond it, those of the largest energy are kept."
+        0,
+        "Directions remembered per layer, >= 0; 0 for all of them; beyond it, those of the largest energy are kept.",
     )
 
     def validate(self) -> None:
@@ -60,9 +62,13 @@ class OLora(Method):
 
     name: ClassVar[str] = "o_lora"
     title: ClassVar[str] = "Orthogonal LoRA (O-LoRA)"
+    summary: ClassVar[str] = "a new LoRA per task, orthogonal to the frozen ones of earlier tasks; all are summed"
+    cost: ClassVar[str] = "about 1.0x"
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.14152"
     config_class: ClassVar[type[MethodConfig]] = OLoraConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), zero0_low_precision=False)
+    support: ClassVar[Support] = Support(
+        tuners=("lora",), full_deepspeed=(), zero0_low_precision=False, encoder_decoder=True
+    )
     starts_fresh: ClassVar[bool] = True
 
     config: OLoraConfig
@@ -100,16 +106,19 @@ class OLora(Method):
     def gradients(self, ctx: TaskContext, grads: Gradients) -> None:
         if not self._spans:
             return
-        weights = ctx.weights()
+        # As the forward has them: in bf16 the products lose nothing that matters, and no rank has to ask another.
+        weights = ctx.live_weights()
         terms = {name: self.penalty(weights[name], span) for name, span in self._spans.items()}
         share = 1 / len(terms) if self.config.form == "basis" else 1.0
         if self.config.lambda1 > 0:
-            for name, (_, slope) in terms.items():
-                grads[name] = grads[name] + self.config.lambda1 * share * slope
+            slopes = {name: self.config.lambda1 * share * slope for name, (_, slope) in terms.items()}
+            for name, part in ctx.parts_of(slopes).items():
+                grads.add_part(name, part)
         norms = {name: (weight.square().sum() + _EPSILON).sqrt() for name, weight in weights.items()}
         if self.config.lambda2 > 0:
-            for name, norm in norms.items():
-                grads[name] = grads[name] + self.config.lambda2 * weights[name] / norm
+            pulls = {name: self.config.lambda2 * weights[name] / norm for name, norm in norms.items()}
+            for name, part in ctx.parts_of(pulls).items():
+                grads.add_part(name, part)
         if ctx.is_logging_step:
             value = torch.stack([value for value, _ in terms.values()]).sum() * share
             ctx.log("o_lora_overlap", value)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import write_trained
 from swift_cl.errors import UserError
 from swift_cl.generation.engine import Engine, Prompt
 from swift_cl.generation.screen import Rejected, Turns
@@ -50,7 +51,8 @@ class PcllConfig(GenerationConfig):
     gen_weight: float = setting(0.5, "Weight of all tokens of a question row beside its answer's, >= 0.")
     lm_weight: float = setting(0.5, "Weight of question rows beside the rows that teach to generate, >= 0.")
     kd_alpha: float = setting(
-        0.5, "Share of the previous model's distributions in the loss of generated rows, the rest their tokens; [0, 1]."
+        0.5,
+        "Share of the previous model's distributions in the loss of generated rows, the rest their tokens; in [0, 1].",
     )
     kd_temperature: float = setting(1.0, "Temperature T of both distributions, > 0; the term is multiplied by T^2.")
     encoder: str = setting(
@@ -102,10 +104,15 @@ class Pcll(GeneratedRehearsal):
 
     name: ClassVar[str] = "pcll"
     title: ClassVar[str] = "PCLL: prompt conditioned VAE for lifelong learning"
+    summary: ClassVar[str] = (
+        "rows of earlier tasks through a variational code that a prompt in words conditions, softened by the "
+        "previous model"
+    )
+    cost: ClassVar[str] = "as `lamol`, 1 forward for the code, 1 on generated rows"
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.07783"
     config_class: ClassVar[type[MethodConfig]] = PcllConfig
     support: ClassVar[Support] = Support(
-        tuners=("lora",), deepspeed=(), full_deepspeed=(), packing=False, sequence_parallel=False, liger=False
+        tuners=("lora",), full_deepspeed=(), packing=False, sequence_parallel=False, liger=False
     )
     taught: ClassVar[str] = "rec"
     config: PcllConfig
@@ -201,20 +208,21 @@ class Pcll(GeneratedRehearsal):
 
     def checkpoint_state(self, ctx: TaskContext) -> MethodState:
         teacher = self._teacher.sha256 if self._teacher else None
-        return MethodState(pack(heads=self._stored_heads()), {"teacher_sha256": teacher})
+        return MethodState(pack(heads=self._stored_heads(ctx)), {"teacher_sha256": teacher})
 
     def restore_checkpoint(self, ctx: TaskContext, state: MethodState) -> None:
         from swift_cl.methods._frozen_teacher import check_same_teacher
 
         check_same_teacher(self._teacher, state)
         assert self._heads is not None
-        with torch.no_grad():
-            for name, tensor in unpack(state.tensors, "heads").items():
-                self._heads.get_parameter(name).copy_(tensor)
+        for name, tensor in unpack(state.tensors, "heads").items():
+            write_trained(self._heads.get_parameter(name), tensor)
 
-    def _stored_heads(self) -> "dict[str, Tensor]":
+    def _stored_heads(self, ctx: TaskContext) -> "dict[str, Tensor]":
+        """The heads, fp32; every rank must call it."""
         assert self._heads is not None
-        return {name: p.detach().to("cpu", copy=True) for name, p in self._heads.named_parameters()}
+        names, weights = {parameter: name for name, parameter in ctx.parameters.items()}, ctx.weights()
+        return {name: weights[names[own]].to("cpu", copy=True) for name, own in self._heads.named_parameters()}
 
     # --- loss --------------------------------------------------------------------------------------------------------
 
@@ -258,19 +266,24 @@ class Pcll(GeneratedRehearsal):
 
     def end_task(self, ctx: TaskContext) -> MethodState | None:
         """The heads, and every task's prior under them: what the next stage generates with."""
-        from swift_cl.methods._latent import last_states
+        from swift_cl.methods._latent import Heads, last_states
 
+        tasks = [line["task"] for line in ctx.previous_state().rows["tasks"]] if ctx.earlier else []
+        # A copy of the heads that is whole: the live ones may be spread over the ranks, which all take part.
+        stored = self._stored_heads(ctx)
+        heads = Heads(stored["pooling"].numel(), self.config.z_dim)
+        heads.load_state_dict(stored)
+        heads.to(ctx.device)
+        means, logvars = {}, {}
+        for task in [*tasks, ctx.task]:
+            asked = [dict(message) for message in Prompt.chat("", self._request(task)).messages]
+            ids = torch.tensor(ctx.encode_prompts([asked]), device=ctx.device)
+            states = last_states(ctx, {"input_ids": ids}, self.config.encoder == "frozen")
+            with torch.no_grad():
+                mean, logvar = heads.prior(states, torch.ones_like(ids))
+            means[task], logvars[task] = mean[0].cpu(), logvar[0].cpu()
         state = super().end_task(ctx)
         if state is not None:
-            assert self._heads is not None
-            means, logvars = {}, {}
-            for meta in self._tasks:
-                asked = [dict(message) for message in Prompt.chat("", self._request(meta.task)).messages]
-                ids = torch.tensor(ctx.encode_prompts([asked]), device=ctx.device)
-                states = last_states(ctx, {"input_ids": ids}, self.config.encoder == "frozen")
-                with torch.no_grad():
-                    mean, logvar = self._heads.prior(states, torch.ones_like(ids))
-                means[meta.task], logvars[meta.task] = mean[0].cpu(), logvar[0].cpu()
-            state.tensors = pack(heads=self._stored_heads(), prior_mean=means, prior_logvar=logvars)
+            state.tensors = pack(heads=stored, prior_mean=means, prior_logvar=logvars)
         delattr(ctx.model.get_base_model(), MODULE)  # the next stage of a chain may use the same base model
         return state

@@ -36,6 +36,11 @@ class ProgPrompt(Method):
 
     name: ClassVar[str] = "prog_prompt"
     title: ClassVar[str] = "Progressive Prompts"
+    summary: ClassVar[str] = (
+        "a new soft prompt for every task in front of the frozen ones of the earlier tasks; the question's "
+        "task is given"
+    )
+    cost: ClassVar[str] = "prompt positions"
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.12314"
     config_class: ClassVar[type[MethodConfig]] = ProgPromptConfig
     support: ClassVar[Support] = Support(

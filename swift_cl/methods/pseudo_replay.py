@@ -50,6 +50,8 @@ class PseudoReplay(Method):
 
     name: ClassVar[str] = "pseudo_replay"
     title: ClassVar[str] = "In-context pseudo replay"
+    summary: ClassVar[str] = "rows of earlier tasks as the base model makes them up in context"
+    cost: ClassVar[str] = "none (more rows, generation before training)"
     paper: ClassVar[str] = ""
     config_class: ClassVar[type[GenerationConfig]] = PseudoReplayConfig
     needs_rows: ClassVar[bool] = True

@@ -114,16 +114,22 @@ class Replay(Method):
 
     name: ClassVar[str] = "replay"
     title: ClassVar[str] = "Experience replay"
+    summary: ClassVar[str] = (
+        "mixes stored rows of earlier tasks into the data; random, reservoir, class-balanced, k-means, herding"
+    )
+    cost: ClassVar[str] = "none (more rows)"
     paper: ClassVar[str] = "https://arxiv.org/abs/1811.11682"
     config_class: ClassVar[type[MethodConfig]] = ReplayConfig
-    support: ClassVar[Support] = Support(any_tuner=True)
+    support: ClassVar[Support] = Support(any_tuner=True, encoder_decoder=True)
     needs_rows: ClassVar[bool] = True
     config: ReplayConfig
 
     def supports(self) -> Support:
-        """Packing moves rows between batches; sequence parallelism splits the rows that are embedded."""
-        by_model = self.config.needs_embeddings and self.config.embed == "model"
-        return dataclasses.replace(self.support, packing=self.config.mix != "batch", sequence_parallel=not by_model)
+        """Packing moves rows between batches; sequence parallelism splits the rows that are embedded, and what embeds
+        them is a decoder that reads the question."""
+        own = not (self.config.needs_embeddings and self.config.embed == "model")
+        packing = self.config.mix != "batch"
+        return dataclasses.replace(self.support, packing=packing, sequence_parallel=own, encoder_decoder=own)
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         """Mix stored rows into `rows` and record which; the first task's rows stay as they are."""

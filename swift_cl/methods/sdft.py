@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import part_of
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
@@ -73,11 +74,12 @@ class Sdft(Method):
 
     name: ClassVar[str] = "sdft"
     title: ClassVar[str] = "Self-distillation fine-tuning (SDFT)"
+    summary: ClassVar[str] = "learns its own answers as it would give them with the right one shown in its prompt"
+    cost: ClassVar[str] = "sampling of answers, 1 forward"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.19897"
     config_class: ClassVar[type[MethodConfig]] = SdftConfig
     support: ClassVar[Support] = Support(
         tuners=("lora",),
-        deepspeed=(0, 1, 2),
         full_deepspeed=(),
         zero0_low_precision=False,
         packing=False,
@@ -93,7 +95,6 @@ class Sdft(Method):
     def __init__(self, config: SdftConfig) -> None:
         super().__init__(config)
         self._average: dict[str, Tensor] = {}  # fp32, by name of the trained parameter
-        self._live_names: dict[str, str] = {}
         self._switch: AdapterSwitch | None = None
         self._waiting: list[tuple[list[list[int]], list[list[int]]]] = []  # of the coming micro-batches
         self._window_count: Tensor | None = None
@@ -119,8 +120,6 @@ class Sdft(Method):
             self._switch = AdapterSwitch(ctx.model)
         if self.config.teacher == "ema":
             self._average = {name: weight.clone() for name, weight in ctx.weights().items()}
-            live = {parameter: name for name, parameter in ctx.module_for_forward.named_parameters()}
-            self._live_names = {name: live[parameter] for name, parameter in ctx.parameters.items()}
 
     def after_step(self, ctx: TaskContext) -> None:
         if self._average:
@@ -150,8 +149,8 @@ class Sdft(Method):
                 with self._switch.active():
                     logits = module(**given).logits
             elif self._average:
-                own = {self._live_names[n]: t.to(ctx.parameters[n].dtype) for n, t in self._average.items()}
-                logits = torch.func.functional_call(module, own, (), given).logits
+                own = {name: part_of(ctx.parameters[name], value) for name, value in self._average.items()}
+                logits = ctx.forward_with(own, given).logits
             else:
                 logits = module(**given).logits
         # The logits before an answer's first token predict it; those of its last predict nothing that is known.
@@ -169,6 +168,8 @@ class Sdft(Method):
         messages = [rows[number]["messages"] for number in numbers]
         prompts = ctx.encode_prompts([own[:-1] for own in messages])
         shown = ctx.encode_prompts([with_demonstration(own, self.config.closing) for own in messages])
+        rounds = torch.zeros(ctx.world_size, device=ctx.device)
+        rounds[ctx.rank] = math.ceil(len(prompts) / self.config.gen_batch)
         with ctx.statistics_mode():
             answers = sample(
                 ctx.module_for_forward,
@@ -178,6 +179,7 @@ class Sdft(Method):
                 max_new_tokens=self.config.max_new_tokens,
                 stop_tokens=ctx.stop_tokens,
                 at_once=self.config.gen_batch,
+                rounds=int(ctx.all_reduce_sum(rounds).max()),
             )
         ended = sum(answer[-1] in ctx.stop_tokens for answer in answers)
         ctx.log("sdft_cut_off", 1 - ended / max(1, len(answers)))

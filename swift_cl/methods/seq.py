@@ -16,5 +16,7 @@ class Seq(Method):
 
     name: ClassVar[str] = "seq"
     title: ClassVar[str] = "Sequential fine-tuning"
+    summary: ClassVar[str] = "plain sequential tuning, the lower bound of every table"
+    cost: ClassVar[str] = "none"
     config_class: ClassVar[type[MethodConfig]] = SeqConfig
-    support: ClassVar[Support] = Support(any_tuner=True, streaming=True)
+    support: ClassVar[Support] = Support(any_tuner=True, streaming=True, encoder_decoder=True)

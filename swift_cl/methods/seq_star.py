@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from swift_cl.distributed import copy_into, full_shape
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import stored_adapter
-from swift_cl.methods._classes import ClassTable, parse_labels
+from swift_cl.methods._classes import ClassTable, parse_labels, refuse_images
 from swift_cl.methods._draws import seed32
 from swift_cl.methods.base import Method, MethodConfig, Phase, Support, TaskContext, TrainingRow, setting
 
@@ -81,11 +82,15 @@ class SeqStar(Method):
 
     name: ClassVar[str] = "seq_star"
     title: ClassVar[str] = "SEQ*: frozen backbone, frozen old heads"
+    summary: ClassVar[str] = (
+        "a classifier head (`--task_type seq_cls`) on a backbone that is frozen after a warm-up; old "
+        "classes' rows are frozen too"
+    )
+    cost: ClassVar[str] = "head only: no backward through the backbone"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.07887"
     config_class: ClassVar[type[MethodConfig]] = SeqStarConfig
     support: ClassVar[Support] = Support(
         tuners=("lora",),
-        deepspeed=(0, 1, 2),
         full_deepspeed=(),
         packing=False,
         quantized=False,
@@ -131,9 +136,7 @@ class SeqStar(Method):
         return (Phase(WARMUP, flags), Phase(""))
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
-        shown = next((number for number, row in enumerate(rows) if row.get("images")), None)
-        if shown is not None:
-            raise UserError(f"method '{self.name}' classifies text, but row {shown} of task '{ctx.task}' has images")
+        refuse_images(self.name, ctx.task, rows)
         return self.classes.labelled(ctx.task, rows)
 
     # --- which classes ---------------------------------------------------------------------------------------------
@@ -166,8 +169,7 @@ class SeqStar(Method):
             rows = first_rows(
                 len(self.classes), head.in_features, self.config.head == "cosine", seed32(self.name, ctx.seed)
             )
-            with torch.no_grad():
-                head.weight.copy_(rows)
+            copy_into(head.weight, rows)
         if WARMUP in ctx.phases:
             _load(model, stored_adapter(ctx.phases[WARMUP]))
         if self.config.freeze_backbone and ctx.phase != WARMUP:
@@ -190,9 +192,12 @@ class SeqStar(Method):
 
     @staticmethod
     def _head(ctx: TaskContext) -> "Tensor":
+        """Rows of all classes, fp32; every rank must call it."""
         from swift_cl.methods._heads import head_of
 
-        return head_of(ctx.model).weight.detach()
+        own = head_of(ctx.model).weight
+        name = next(name for name, parameter in ctx.parameters.items() if parameter is own)
+        return ctx.weights()[name]
 
     # --- loss ------------------------------------------------------------------------------------------------------
 
@@ -250,10 +255,9 @@ def _load(model: Any, stored: "Mapping[str, Tensor]") -> None:
     live = get_peft_model_state_dict(model, save_embedding_layers=False)  # aliases of the live tensors
     for short, tensor in stored.items():
         name = f"base_model.model.{short}"
-        if name not in live or live[name].shape != tensor.shape:
+        if name not in live or full_shape(live[name]) != tensor.shape:
             raise RunFailure(f"tensor {name} of the warm-up has no place in the model")
-        with torch.no_grad():
-            live[name].copy_(tensor)
+        copy_into(live[name], tensor)
 
 
 def _freeze_all_but(model: Any, head: Any) -> None:

@@ -16,6 +16,8 @@ class Single(Method):
 
     name: ClassVar[str] = "single"
     title: ClassVar[str] = "One model per task"
+    summary: ClassVar[str] = "a new adapter for every task, nothing carried over: the ceiling of New.ACC"
+    cost: ClassVar[str] = "none"
     config_class: ClassVar[type[MethodConfig]] = SingleConfig
-    support: ClassVar[Support] = Support(any_tuner=True, streaming=True)
+    support: ClassVar[Support] = Support(any_tuner=True, streaming=True, encoder_decoder=True)
     starts_fresh: ClassVar[bool] = True

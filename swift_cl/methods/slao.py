@@ -32,9 +32,11 @@ class Slao(Method):
 
     name: ClassVar[str] = "slao"
     title: ClassVar[str] = "Single LoRA, continually merged (SLAO)"
+    summary: ClassVar[str] = "one adapter, merged after every task; a task starts from the last one's orthonormalised A"
+    cost: ClassVar[str] = "none"
     paper: ClassVar[str] = "https://arxiv.org/abs/2512.23017"
     config_class: ClassVar[type[MethodConfig]] = SlaoConfig
-    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=())
+    support: ClassVar[Support] = Support(tuners=("lora",), full_deepspeed=(), encoder_decoder=True)
 
     def prepare_model(self, ctx: TaskContext, model: Any) -> Any:
         check_plain_lora(self.name, ctx.parameters)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from swift_cl.errors import RunFailure
@@ -15,12 +16,13 @@ from swift_cl.methods._generating import GenerationConfig, refuse_media
 from swift_cl.methods._row_store import exact, round_half_up
 from swift_cl.methods._selected import choose
 from swift_cl.methods._selection import kmeans_clusters, normalised
-from swift_cl.methods._synthesis import STOP, TaskFacts
+from swift_cl.methods._synthesis import STOP, Demo, TaskFacts, read_demos
 from swift_cl.methods.base import EarlierTask, Method, TaskContext, TrainingRow, setting
 
 BY_MODEL = "model"
 WAY_OUT = "give a folder or an installed encoder, or --ssr_embedder model (mean hidden states of the base model)"
 REFINED = "refined"
+TASK = "{task}"
 
 
 @dataclass
@@ -31,6 +33,11 @@ class SsrConfig(GenerationConfig):
     num_samples: int = setting(0, "Synthesised rows of every task in place of the ratio, >= 1; 0 uses the ratio.")
     demo_ratio: float = setting(
         0.01, "Share of a task's rows that are shown in prompts, in (0, 1]; at least ssr_shots."
+    )
+    demo_file: str = setting(
+        "",
+        'Demonstrations in place of rows of the task: a JSON list, or JSON lines, of {"input", "output"}; {task} in '
+        "the path is the task's name.",
     )
     shots: int = setting(2, "Real rows shown in a prompt, >= 1.")
     oversample: float = setting(3.0, "Candidates per row that is kept in the first round, >= 1.")
@@ -56,6 +63,10 @@ class SsrConfig(GenerationConfig):
                 self.fail("ssr", name, "a number in (0, 1]")
         if self.num_samples < 0:
             self.fail("ssr", "num_samples", "1 or more, or 0 for the ratio")
+        if self.demo_file and self.demo_ratio != SsrConfig.demo_ratio:
+            self.fail("ssr", "demo_ratio", f"{SsrConfig.demo_ratio}, because --ssr_demo_file gives the demonstrations")
+        if self.demo_file and TASK not in self.demo_file and not Path(self.demo_file).is_file():
+            self.fail("ssr", "demo_file", f"a file that is there, or a path with {TASK} in it")
         for name in ("shots", "clusters"):
             if getattr(self, name) < 1:
                 self.fail("ssr", name, "1 or more")
@@ -72,6 +83,11 @@ class Ssr(Method):
 
     name: ClassVar[str] = "ssr"
     title: ClassVar[str] = "Self-Synthesized Rehearsal"
+    summary: ClassVar[str] = (
+        "the base model makes up rows of earlier tasks in context, the latest model answers them, a diverse "
+        "part is rehearsed"
+    )
+    cost: ClassVar[str] = "none (more rows, generation before training)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.01244"
     config_class: ClassVar[type[GenerationConfig]] = SsrConfig
     needs_rows: ClassVar[bool] = True
@@ -87,7 +103,8 @@ class Ssr(Method):
         config = self.config
         refuse_media(self.name, ctx.task, rows)
         # Said now, not after hours of training: a task too small for its prompts, an encoder that is not there.
-        own = TaskFacts.of(ctx.task, rows, self.name, config.demo_ratio, config.shots, config.seed(ctx))
+        demos = self._own_demos(ctx, rows)
+        own = TaskFacts.of(ctx.task, rows, self.name, config.demo_ratio, config.shots, config.seed(ctx), given=demos)
         if not ctx.earlier:
             if config.select == "kmeans" and config.embedder != BY_MODEL:
                 self._encoder()
@@ -100,6 +117,13 @@ class Ssr(Method):
         by_task = {task.task: sum(line["task"] == task.task for line in self._rehearsal) for task in ctx.earlier}
         ctx.record("manifest", {"schema_version": 1, "task": ctx.task, "own_rows": len(rows), "rehearsed": by_task})
         return rows + [line["row"] for line in self._rehearsal]
+
+    def _own_demos(self, ctx: TaskContext, rows: Sequence[TrainingRow]) -> list[Demo] | None:
+        """The user's demonstrations; where one has no system prompt, its rows get that of the task's first row."""
+        if not self.config.demo_file:
+            return None
+        path = Path(self.config.demo_file.replace(TASK, ctx.task))
+        return read_demos("--ssr_demo_file", path, self.config.shots, rows[0]["messages"][0]["content"])
 
     def end_task(self, ctx: TaskContext) -> MethodState | None:
         """The demos of this task, and the rehearsed rows, which are never made again."""

@@ -188,8 +188,8 @@ def check_deployment(deployment: Deployment) -> None:
 
 
 def _layer(name: str) -> str:
-    """A weight's name without the part that files and modules of a vision-language model have in other places."""
-    return ".".join(part for part in name.split(".") if part != "model")
+    """A weight's name without the parts that files and modules of a vision-language model have in other places."""
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model"))
 
 
 def _check_fits(adapter: Adapter, model: str, base: dict[str, list[int]]) -> None:

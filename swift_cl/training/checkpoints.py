@@ -10,6 +10,9 @@ from swift_cl.io import read_json
 from swift_cl.stages import STAGE_FILE, WEIGHTS, load_stage
 
 STARTED_FILE = "stage_started.json"
+FSDP_MODEL, FSDP_OPTIMIZER, FSDP_INDEX = "pytorch_model_fsdp_0", "optimizer_0", ".metadata"
+"""accelerate's folders of FSDP2's parts, which training alone reads again, and the file that is written there last."""
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin", f"{FSDP_OPTIMIZER}/{FSDP_INDEX}")
 
 
 def safetensors_complete(path: Path) -> bool:
@@ -38,6 +41,8 @@ def _progress(checkpoint: Path) -> tuple[int, int] | None:
         step, last = int(state["global_step"]), int(state["max_steps"])
     except (UserError, KeyError, TypeError, ValueError):
         return None
+    if (checkpoint / FSDP_MODEL / FSDP_INDEX).is_file():
+        return step, last
     weights = set(checkpoint.glob("*.safetensors")) | _listed_shards(checkpoint)
     if not weights or not all(safetensors_complete(file) for file in weights):
         return None
@@ -76,7 +81,8 @@ def complete_checkpoints(output_dir: Path) -> list[tuple[int, int, Path]]:
 def resumable_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint that also has what resuming needs, or None."""
     for _, _, folder in reversed(complete_checkpoints(output_dir)):
-        if (folder / "optimizer.pt").is_file() or any(folder.glob("global_step*")):
+        written = any((folder / name).is_file() for name in OPTIMIZERS)
+        if written or any(folder.glob("global_step*")) or any(folder.glob("portable/*")):
             return folder
     return None
 
@@ -116,9 +122,12 @@ def resolve_adapter(folder: Path) -> Path:
         # A stage of ours without stage.json stopped before its state was written: its checkpoint is not enough.
         ours = (output / STARTED_FILE).is_file()
         for step, last, checkpoint in reversed(complete_checkpoints(output)):
-            if step == last and not ours:
+            parts = (checkpoint / FSDP_MODEL).is_dir()
+            if step == last and not ours and not parts:
                 return checkpoint.resolve()
             reason = "the stage's end was not written" if step == last else f"training stopped at step {step} of {last}"
+            if parts and not ours:
+                reason = "only FSDP2's parts of the weights were written (its state_dict_type is SHARDED_STATE_DICT)"
             unfinished = unfinished or f": {reason} ({checkpoint.name} is its last complete checkpoint)"
         if not unfinished and any(_is_checkpoint(path) for path in output.iterdir()):
             unfinished = ": its checkpoints were cut off while they were written"

@@ -1,7 +1,8 @@
 """Engines for generation before training: the base model, alone or with an earlier stage's weights.
 
 The transformers engine borrows the base model that the stage has loaded anyway, and gives it back as it was. Where that
-is another model (full fine-tuning) or not whole in this process (ZeRO-3), a second one is loaded and freed.
+is another model (full fine-tuning), not whole in this process (ZeRO-3) or not on its device (FSDP2), a second one is
+loaded and freed.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from swift_cl.generation.engine import Engine
 from swift_cl.io import sha256_file
 from swift_cl.stages import WEIGHTS
 
+SHARED_BACKENDS = ("transformers",)
+"""Backends that every process has an engine of; vLLM makes batches of its own, so rank 0 alone has one."""
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Values of max_lora_rank that vLLM takes."""
 
@@ -84,7 +87,9 @@ def _transformers(
     from swift_cl.generation.swift_engine import TransformersEngine
 
     whole = not any(map(distributed.is_partitioned, loaded.parameters()))
-    own = whole and Path(args.model).resolve() == Path(model).resolve()
+    # For FSDP2 a model is loaded on the CPU, where generation would take very long.
+    placed = next(loaded.parameters()).device.type == args.training_args.device.type
+    own = whole and placed and Path(args.model).resolve() == Path(model).resolve()
     module = loaded if own else _load(args, model)
     trained = {parameter: parameter.requires_grad for parameter in module.parameters()}
     training, served = module.training, module
@@ -112,7 +117,7 @@ def _load(args: Any, model: str) -> Any:
     """Another model, whole in this process, on the device of training."""
     from swift.utils import disable_deepspeed_zero3
 
-    with disable_deepspeed_zero3():
+    with disable_deepspeed_zero3(), distributed.loaded_whole():
         return args.get_model_processor(model=model)[0]
 
 

@@ -17,6 +17,8 @@ COMMON_FLAGS = {
     "cl_task": "Name of the task that this stage learns.",
     "cl_previous": "Output folder of the stage before: its adapter is continued and its method state is read.",
     "cl_resume": "Continue from the newest complete checkpoint in --output_dir, if there is one (true or false).",
+    "cl_portable": "Write with each checkpoint a copy of what is trained and of its optimizer, from which another "
+    "engine or number of processes can continue (true or false; default: true, but with --tuner_type full).",
 }
 S = TypeVar("S", bound=Settings)
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -59,14 +61,15 @@ def check_method_flags(argv: Sequence[str]) -> type[Method] | None:
     method = get_method(name) if name is not None else None
     for flag in given:
         _check_owner(flag, method)
-    for flag in ("cl_task", "cl_previous", "cl_resume"):
+    for flag in ("cl_task", "cl_previous", "cl_resume", "cl_portable"):
         if flag in given and method is None:
             raise UserError(f"--{flag} needs --cl_method, allowed: {', '.join(methods())}")
     if method is not None:
         if "cl_task" not in given:
             raise UserError("--cl_task is missing: the name of the task that this stage learns")
-        if "cl_resume" in given:
-            _parse("cl_resume", given["cl_resume"][0], bool)
+        for flag in ("cl_resume", "cl_portable"):
+            if flag in given:
+                _parse(flag, given[flag][0], bool)
         config_from_flags(method, given)
     check_tuner_flags(flag_values(complete_flags(argv)))
     return method

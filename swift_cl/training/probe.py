@@ -38,10 +38,18 @@ def record_probe(model: Any, template: Any, messages: list[dict[str, str]], devi
     with _inference(model), inference_template(template), torch.no_grad():
         encoded = template.encode({"messages": [dict(message) for message in messages]})
         ids = torch.tensor([encoded["input_ids"]], device=device)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **_decoder_start(model, ids)).logits[0, -1]
     logprobs, tokens = torch.log_softmax(logits.float(), -1).topk(TOP)
     named = zip(tokens.tolist(), logprobs.tolist(), strict=True)
     return {"messages": messages, "logprobs": {template.tokenizer.decode(token): value for token, value in named}}
+
+
+def _decoder_start(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the decoder of an encoder-decoder model is given to say its first token; nothing for other models."""
+    config = getattr(model, "module", model).config
+    if not getattr(config, "is_encoder_decoder", False):
+        return {}
+    return {"decoder_input_ids": torch.full_like(ids[:, :1], config.decoder_start_token_id)}
 
 
 @contextlib.contextmanager

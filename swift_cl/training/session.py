@@ -16,33 +16,19 @@ from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.generation.engine import Engine
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_file, write_json
-from swift_cl.methods._adapters import is_peft
+from swift_cl.methods._adapters import TRAINED, is_peft
 from swift_cl.methods.base import EarlierTask, Method, TrainingRow
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, STATE_DIR, WEIGHTS, Stage, load_stage
+from swift_cl.training.before import earlier_tasks, is_model_input, parameter_name
 from swift_cl.training.checkpointing import differentiable_checkpointing
+from swift_cl.training.engine_access import EngineAccess
+from swift_cl.training.portable import Layout, Resumed, restore
 from swift_cl.training.probe import inference_template
 
 logger = logging.getLogger("swift_cl")
 
 
-def parameter_name(name: str) -> str:
-    """A name without wrapper prefixes and adapter name, the same under every engine and in every stage."""
-    for prefix in ("module.", "base_model.model."):
-        name = name.removeprefix(prefix)
-    return name.replace(".default.", ".")
-
-
-def earlier_tasks(previous: Stage | None) -> list[EarlierTask]:
-    """The stages before this one, oldest first, found by following `started_from`."""
-    chain: list[EarlierTask] = []
-    stage = previous
-    while stage is not None:
-        chain.insert(0, EarlierTask(stage.task, stage.dir, stage.weights_dir, stage.state_dir))
-        stage = load_stage((stage.dir / stage.started_from["dir"]).resolve()) if stage.started_from else None
-    return chain
-
-
-class Session:
+class Session(EngineAccess):
     """See the attributes of `swift_cl.methods.base.TaskContext`."""
 
     def __init__(self, method: Method, task: str, output_dir: Path, previous: Stage | None, seed: int) -> None:
@@ -58,13 +44,18 @@ class Session:
         self.model: Any = None
         self.parameters: Mapping[str, nn.Parameter] = {}
         self._live_names: dict[str, str] = {}
-        self._engine: distributed.Engine | None = None
         self.micro_batch = 1
         self.global_batch = 1
+        self.layout = Layout("plain", 1, 1, 1)
+        self.resumed: Resumed | None = None
+        self.portable = True
         self._num_items: Tensor | int | None = None
         self.channels: Sequence[str | None] | None = None
+        self.token_weights: Tensor | None = None
         self.phase = ""
         self.phases: Mapping[str, Path] = {}
+        self.watchers: list[Any] = []
+        """What of a tuner has hooks `gradients` and `after_step` too, called after the method's."""
         self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
@@ -99,18 +90,14 @@ class Session:
         return int(self.trainer.state.max_steps)
 
     @property
+    def schedule(self) -> float:
+        group = self.trainer.optimizer.param_groups[0]
+        return float(group["lr"] / group["initial_lr"]) if group["initial_lr"] else 0.0
+
+    @property
     def is_logging_step(self) -> bool:
         every = max(1, int(self.trainer.state.logging_steps or 1))
         return (self.step + 1) % every == 0 or self.step == 0
-
-    @property
-    def module_for_forward(self) -> Any:
-        assert self._engine is not None
-        return self._engine.module
-
-    def weights(self) -> dict[str, Tensor]:
-        assert self._engine is not None
-        return self._engine.weights()
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows
@@ -139,8 +126,9 @@ class Session:
         return sorted(found - {None})
 
     def collate(self, encoded: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.trainer.data_collator(list(encoded))
-        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if _is_model_input(k)}
+        # Copies: ms-swift's collator takes the pictures out of the rows, which a method may collate again.
+        batch = self.trainer.data_collator([dict(row) for row in encoded])
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items() if is_model_input(k)}
 
     def engine(self, weights: Path | None, backend: str) -> AbstractContextManager[Engine]:
         assert self.open_engine is not None
@@ -202,6 +190,12 @@ class Session:
 
     # --- what drives the method --------------------------------------------------------------------------------------
 
+    def spread(self, layout: Layout, resumed: Resumed | None, args: Any) -> None:
+        """Say how the training is spread over processes, and what it continues."""
+        self.layout, self.resumed = layout, resumed
+        self.micro_batch, self.global_batch = layout.micro_batch, layout.global_batch
+        self.portable = args.tuner_type != "full" if args.cl_portable is None else args.cl_portable
+
     def prepare_rows(self, rows: list[TrainingRow]) -> list[TrainingRow]:
         """The rows to train on (rank 0). Keeps the task's own rows for statistics at its end."""
         self.rows = rows
@@ -227,11 +221,13 @@ class Session:
     def attach(self, trainer: Any) -> None:
         """Called when training begins, with the final engine, optimizer and weights."""
         self.trainer = trainer
+        # FSDP2 has put other parameters, which are sharded, in the places of those that were there before.
+        live = {parameter_name(name): parameter for name, parameter in trainer.model.named_parameters()}
+        self.parameters = {name: live[name] for name in self.parameters}
+        if self.resumed is not None and self.resumed.tensors:
+            restore(self.resumed, trainer, self.parameters)
         self._engine = distributed.make_engine(trainer, self.parameters)
-        self._engine.install(
-            lambda grads: self.method.gradients(self, grads),
-            lambda: self.method.after_step(self),
-        )
+        self._engine.install(self._on_gradients, self._after_step)
         self.method.train_begin(self)
         checkpoint = trainer.args.resume_from_checkpoint
         if checkpoint:
@@ -240,6 +236,16 @@ class Session:
                 self.method.restore_checkpoint(self, load_method_state(folder, self.method.name))
             elif overrides(self.method, "checkpoint_state") and self._expects_checkpoint_state():
                 raise UserError(f"{folder}: the checkpoint has no state of method '{self.method.name}'")
+
+    def _on_gradients(self, grads: distributed.GradientView) -> None:
+        self.method.gradients(self, grads)
+        for watcher in self.watchers:
+            watcher.gradients(self, grads)
+
+    def _after_step(self) -> None:
+        self.method.after_step(self)
+        for watcher in self.watchers:
+            watcher.after_step(self)
 
     def _expects_checkpoint_state(self) -> bool:
         return self.method.checkpoint_state(self) is not None
@@ -260,9 +266,10 @@ class Session:
         outputs: Any,
         num_items: Tensor | int | None,
         channels: Sequence[str | None] | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor:
         """The Trainer's loss plus the method's term, or the term alone where the method replaces the loss."""
-        self._num_items, self.channels = num_items, channels
+        self._num_items, self.channels, self.token_weights = num_items, channels, token_weights
         if self.method.needs_logits and getattr(outputs, "logits", None) is None:
             raise UserError(f"method '{self.method.name}' needs the model's logits, but the loss was fused away")
         term = self.method.loss(self, self.model, inputs, loss, outputs)
@@ -327,10 +334,21 @@ class Session:
             "candidates": candidates,
         }
 
+    def frozen_adapter(self) -> dict[str, Tensor]:
+        """What of the adapter is not trained, by live names; every rank must call it.
+
+        Of a model in parts (ZeRO-3) transformers and ms-swift save only what is trained; nothing where all is whole.
+        """
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        own = {name: p for name, p in frozen.items() if TRAINED in name.split(".")}
+        return distributed.whole_under_zero3(own)
+
     def exported_state(self, trainer: Any) -> dict[str, Tensor]:
         """Full live state with the method's exported weights in place; every rank must call it."""
+        frozen = self.frozen_adapter()
         state = distributed.full_state_dict(trainer)
         if self.rank == 0:
+            state = {**frozen, **state}
             own = {name: state[live] for name, live in self._live_names.items() if live in state}
             missing = self._live_names.keys() - own.keys()
             if missing:
@@ -347,7 +365,3 @@ class Session:
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method defines a hook itself; hooks left alone cost nothing."""
     return getattr(type(method), hook) is not getattr(Method, hook)
-
-
-def _is_model_input(key: str) -> bool:
-    return key in ("input_ids", "attention_mask", "labels", "position_ids") or key.startswith(("pixel_", "image_"))

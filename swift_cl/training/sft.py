@@ -11,22 +11,25 @@ from swift.arguments import SftArguments
 from swift.pipelines import SwiftSft
 from swift.trainers import TrainerFactory
 from swift.utils import get_logger
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, set_seed
 
 from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.generation.shared import help_out, open_shared, send_home
 from swift_cl.io import read_json, read_jsonl, sha256_file, sha256_tensors, write_json, write_jsonl
 from swift_cl.methods.registry import get_method
 from swift_cl.stages import ADAPTER_DIR, DATA_DIR, WEIGHTS, Stage
+from swift_cl.training import portable
 from swift_cl.training.arguments import arguments_class, method_config, parse_stage_arguments
+from swift_cl.training.before import parameter_name
 from swift_cl.training.checkpointing import own_checkpointing
 from swift_cl.training.checkpoints import STARTED_FILE
-from swift_cl.training.engines import open_engine
+from swift_cl.training.engines import SHARED_BACKENDS, open_engine
 from swift_cl.training.flags import flag_values
 from swift_cl.training.phases import Training, drop_phases, train_phases
 from swift_cl.training.probe import kept_adapter, probe_messages, record_probe
 from swift_cl.training.rows import hash_of_rows, rows_of
-from swift_cl.training.session import Session, overrides, parameter_name
+from swift_cl.training.session import Session, overrides
 from swift_cl.training.trainer import TRAINERS
 from swift_cl.tuners.registry import settings_of, tuners
 
@@ -66,16 +69,20 @@ class CLSft(SwiftSft):
         args, self._previous = parse_stage_arguments(training.argv)
         self._method = get_method(args.cl_method)(method_config(args, get_method(args.cl_method)))
         self._tuner = tuners().get(args.tuner_type)
+        layout = portable.layout_of(args, distributed.launched_processes())
+        resumed = portable.load(args.resume_from_checkpoint, layout, args)
         distributed.start_deepspeed(args)
+        distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system
         self.session.phase, self.session.phases = training.phase, training.adapters
         self.session.template = self.template
         self.session.open_engine = self._open_engine
-        self.session.micro_batch = args.per_device_train_batch_size
-        accumulation = args.training_args.gradient_accumulation_steps  # where ms-swift fills in its default
-        self.session.global_batch = args.per_device_train_batch_size * accumulation * distributed.launched_processes()
+        self.session.spread(layout, resumed, args)
+        before = self._previous.train.get("rows_a_step") if self._previous is not None else None
+        if before is not None and before != layout.global_batch:
+            self.session.notice(f"{layout.global_batch} rows a step, the stage before had {before}")
         if distributed.world()[0] == 0:
             started = {"method": args.cl_method, "task": args.cl_task, "previous": args.cl_previous}
             write_json(Path(args.output_dir) / STARTED_FILE, started)
@@ -90,6 +97,11 @@ class CLSft(SwiftSft):
             self._prepare_generation_config()
 
     def _open_engine(self, weights: Path | None, backend: str) -> Any:
+        if distributed.world()[1] == 1 or backend not in SHARED_BACKENDS:
+            return self._open_here(weights, backend)
+        return open_shared(self._open_here, weights, backend, distributed.gather_json)
+
+    def _open_here(self, weights: Path | None, backend: str) -> Any:
         base = self._base_model(Path(self.args.model))
         return open_engine(self.args, self.model, self.processor, base, weights, backend)
 
@@ -131,7 +143,10 @@ class CLSft(SwiftSft):
                 "rows_sha256": hash_of_rows(rows),
                 "previous_weights_sha256": self._previous.weights_sha256 if self._previous else None,
             }
-            mixed = self.session.prepare_rows(rows)
+            try:
+                mixed = self.session.prepare_rows(rows)
+            finally:
+                send_home(distributed.gather_json)
             manifest = {"schema": 1, **key, "changed": mixed is not rows, "n_own": len(rows), "n_rows": len(mixed)}
             if manifest["changed"]:
                 write_jsonl(data_file, mixed)
@@ -145,24 +160,33 @@ class CLSft(SwiftSft):
             write_json(manifest_file, manifest)
         else:
             self.session.rows = rows
+            help_out(self._open_here, distributed.gather_json, distributed.world()[0])
         distributed.barrier()
         return read_jsonl(data_file) if read_json(manifest_file)["changed"] else None
 
     # --- model -------------------------------------------------------------------------------------------------------
 
     def prepare_model(self, args: Any, model: Any, **kwargs: Any) -> Any:
+        if self._classifies:
+            # A model that was loaded has drawn the start of its head, one that is shared has not: the adapter begins
+            # with the same numbers either way.
+            set_seed(args.seed)
         model = super().prepare_model(args, model, **kwargs)
         if self._tuner is not None:
             self._tuner.configure(settings_of(args, self._tuner), model)
         if self._previous is not None and not args.resume_from_checkpoint and not self._method.starts_fresh:
             self._assert_started_from_previous(model)
-        return self.session.prepare_model(model)
+        model = self.session.prepare_model(model)
+        distributed.agree_on_start(model, args.training_args.device)
+        return model
 
     def _assert_started_from_previous(self, model: Any) -> None:
         """What was loaded, adapter or full model, is the previous stage's, tensor for tensor."""
         from safetensors import safe_open
 
         assert self._previous is not None
+        if self.args.tuner_type == "full" and not distributed.holds_weights():
+            return
         folder = self._previous.weights_dir
         named = self._tuner.live_tensors(model) if self._tuner else _named_as_saved(model)
         live = {parameter_name(name): tensor for name, tensor in named.items()}
@@ -241,6 +265,7 @@ class CLSft(SwiftSft):
                     "last_loss": losses[-1] if losses else None,
                     "seconds": round(time.time() - self._started, 1),
                     "processes": distributed.world()[1],
+                    "rows_a_step": self.session.global_batch,
                 },
                 probe=probe,
                 route=self.session.route_record() if self._training.last else None,
@@ -301,9 +326,11 @@ class CLSft(SwiftSft):
         from peft import PeftModel
 
         model = self.trainer.model
-        if not isinstance(model, PeftModel) or self.args.deepspeed:
+        if not isinstance(model, PeftModel) or self.args.deepspeed or self.args.fsdp:
             return None
-        return (self._tuner.base_of(model) if self._tuner else model.unload()), self.processor
+        base = self._tuner.base_of(model) if self._tuner else model.unload()
+        base.gradient_checkpointing_disable()  # the next stage's own setting counts, and some tuners have to be without
+        return base, self.processor
 
 
 def _named_as_saved(model: Any) -> dict[str, Any]:

@@ -39,15 +39,19 @@ class TunerSupport:
 
     Attributes:
         deepspeed: ZeRO stages.
+        fsdp: FSDP2.
         packing: `--packing` and `--padding_free`.
         quantized, sequence_parallel, multimodal: the ms-swift features of these names.
+        encoder_decoder: models like T5.
     """
 
     deepspeed: tuple[int, ...] = (0, 1, 2, 3)
+    fsdp: bool = True
     packing: bool = True
     quantized: bool = True
     sequence_parallel: bool = True
     multimodal: bool = True
+    encoder_decoder: bool = False
 
 
 class Tuner:
@@ -62,9 +66,11 @@ class Tuner:
         own_type: whether PEFT does not know that type, so that a server must import swift_cl to load it.
         swift_flags: flags of ms-swift's that begin with that prefix.
         support: what it supports.
+        has_buffers: whether there are buffers among its weights.
         fixed: flag -> key of `adapter_config.json`: what a later task may not change.
         required: flag -> value of ms-swift's that it needs: set where it is not given, refused where it differs.
         defaults: flag -> value that replaces ms-swift's default where nothing is given.
+        no_lora: why none of its adapters is a plain LoRA, for those that do not override `as_lora`.
     """
 
     name: ClassVar[str]
@@ -76,9 +82,11 @@ class Tuner:
     own_type: ClassVar[bool] = False
     swift_flags: ClassVar[tuple[str, ...]] = ()
     support: ClassVar[TunerSupport] = TunerSupport()
+    has_buffers: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, str]] = {}
     required: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, str]] = {}
+    no_lora: ClassVar[str] = "what it adds to a layer is no product of two matrices"
 
     @classmethod
     def flags(cls) -> Flags:
@@ -129,9 +137,35 @@ class Tuner:
         return tensors
 
     @classmethod
+    def as_lora(cls, tensors: "Mapping[str, Tensor]", config: Mapping[str, Any]) -> "dict[str, LoraPair]":
+        """What an adapter adds, as y += scale B A x, by the name of the layer; exactly, or not at all.
+
+        Args:
+            tensors: of the file, by the names in it.
+            config: the content of adapter_config.json.
+
+        Raises:
+            UserError: no LoRA computes the same; the message says why.
+        """
+        raise UserError(f"--tuner_type {cls.name} has no plain LoRA: {cls.no_lora}")
+
+    @classmethod
     def base_of(cls, model: Any) -> Any:
         """The base model as it was before `prepare_model` or `load`."""
         return model.unload()
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One layer of a LoRA: y += scale B A x.
+
+    Attributes:
+        a: [rank, in]; b: [out, rank]; scale: what PEFT computes as lora_alpha / rank.
+    """
+
+    a: "Tensor"
+    b: "Tensor"
+    scale: float
 
 
 PLAIN_LORA_ONLY: dict[str, tuple[str, ...]] = {

@@ -18,9 +18,9 @@ class PTuningSettings(TunerSettings):
 
     num_virtual_tokens: int = setting(20, "Number of embeddings in front of the input, 1 to 512.")
     encoder: str = setting("mlp", "What computes them: three linear layers, or an LSTM and two.", ("mlp", "lstm"))
-    hidden_size: int = setting(0, "Width of the encoder; 0 for the model's own.")
+    hidden_size: int = setting(0, "Width of the encoder, >= 0; 0 for the model's own.")
     num_layers: int = setting(2, "Layers of the LSTM, >= 1; an MLP has always three.")
-    dropout: float = setting(0.0, "Dropout between the layers of the LSTM, from 0 to below 1.")
+    dropout: float = setting(0.0, "Dropout between the layers of the LSTM, in [0, 1).")
 
     def validate(self) -> None:
         check_length("p_tuning", self)

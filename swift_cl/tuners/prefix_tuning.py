@@ -1,12 +1,13 @@
 """prefix_tuning: trained keys and values in front of those of every layer."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from swift_cl.settings import setting
 from swift_cl.tuners._prompts import PromptTuner, check_length
-from swift_cl.tuners.base import TunerSettings
+from swift_cl.tuners.base import TunerSettings, TunerSupport
 
 
 @dataclass
@@ -32,6 +33,8 @@ class PrefixTuning(PromptTuner):
     prefix: ClassVar[str] = "prefix_tuning"
     config_class: ClassVar[type[TunerSettings]] = PrefixTuningSettings
     peft_type: ClassVar[str] = "PREFIX_TUNING"
+    # FSDP2's preset checkpoints layers too (see `required`).
+    support: ClassVar[TunerSupport] = dataclasses.replace(PromptTuner.support, fsdp=False)
     fixed: ClassVar[Mapping[str, str]] = {
         "prefix_tuning_num_virtual_tokens": "num_virtual_tokens",
         "prefix_tuning_projection": "prefix_projection",

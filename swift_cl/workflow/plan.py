@@ -190,7 +190,11 @@ def training_file(task: Task, run_dir: Path, streaming: bool = False) -> Path:
 
 
 def check_against_existing(plan: RunPlan) -> None:
-    """Refuse to continue a run that was made with other settings: its stages would not belong together."""
+    """Refuse to continue a run that was made with other settings: its stages would not belong together.
+
+    How the work is spread over processes (`SPREAD`) may change: what is computed does not depend on it, and a stage
+    that was stopped checks for itself that its steps keep their rows.
+    """
     path = Path(plan.run_dir) / PLAN_FILE
     if not path.is_file():
         return
@@ -200,21 +204,29 @@ def check_against_existing(plan: RunPlan) -> None:
     if not any(Path(plan.run_dir).glob("stage_*")):
         return  # nothing was trained with the old settings
     new = json.loads(json.dumps({"schema": PLAN_SCHEMA, **asdict(plan)}))
-    if old == new:
+    difference = _difference(old, new)
+    if difference is None:
         return
     raise UserError(
-        f"{plan.run_dir}: was made with other settings ({_difference(old, new)}); "
+        f"{plan.run_dir}: was made with other settings ({difference}); "
         "use another output_dir, or --overwrite to start it anew"
     )
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+SPREAD = ("per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed", "fsdp", "ddp_backend")
+"""Flags that say how a training is spread over processes."""
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first setting in which two plans differ; None where they belong to one run."""
     for key in ("schema", "benchmark", "data_dir", "method", "model", "order", "seed", "name", "run_dir"):
         if old.get(key) != new[key]:
             return f"{key} was {old.get(key)!r}, is {new[key]!r}"
     for before, after in zip(old.get("stages", []), new["stages"], strict=False):
         was, now = flag_values(before["argv"]), flag_values(after["argv"])
-        for flag in sorted(was.keys() | now.keys()):
+        for flag in sorted((was.keys() | now.keys()) - set(SPREAD)):
             if was.get(flag) != now.get(flag):
                 return f"--{flag} was {' '.join(was.get(flag, ['not set']))}, is {' '.join(now.get(flag, ['not set']))}"
-    return f"{PLAN_FILE} differs"
+    if len(old.get("stages", [])) != len(new["stages"]):
+        return f"{len(old.get('stages', []))} stages were planned, are {len(new['stages'])}"
+    return None

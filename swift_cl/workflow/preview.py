@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from swift_cl.distributed import node
 from swift_cl.methods.registry import get_method
 from swift_cl.training.flags import first, flag_values
 from swift_cl.workflow.plan import RunPlan, StagePlan
@@ -43,7 +44,8 @@ def preview(plans: Sequence[RunPlan], eval_argv: Sequence[str] | None, counts: C
 def rows_and_steps(stage: StagePlan, train: int | None, test: int) -> str:
     """`152 training rows, about 152 steps of 8; 46 test rows`."""
     given = flag_values(stage.argv)
-    batch = int(first(given, "per_device_train_batch_size") or 1) * int(os.environ.get("NPROC_PER_NODE") or 1)
+    processes = int(os.environ.get("NPROC_PER_NODE") or 1) * node()[1]
+    batch = int(first(given, "per_device_train_batch_size") or 1) * processes
     whole = batch * int(first(given, "gradient_accumulation_steps") or max(1, math.ceil(SWIFT_BATCH / batch)))
     most = int(first(given, "max_steps") or 0)
     tested = f"{test:,} test rows"

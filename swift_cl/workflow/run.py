@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from swift_cl import distributed
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import write_jsonl
 from swift_cl.stages import STAGE_FILE, check_started_from, load_stage
@@ -116,13 +117,16 @@ def is_trained(plan: RunPlan) -> bool:
     return all((Path(stage.dir) / STAGE_FILE).is_file() for stage in plan.stages)
 
 
-def train(plans: list[RunPlan], verbose: bool) -> None:
+def train(plans: list[RunPlan], verbose: bool, anew: bool = False) -> None:
     """Train what is missing, in one process (or one a GPU) for all plans.
+
+    Args:
+        anew: whatever is there, another node is about to delete it (`--overwrite`).
 
     Raises:
         UserError, RunFailure: what the training process reported.
     """
-    missing = [plan for plan in plans if not is_trained(plan)]
+    missing = [plan for plan in plans if anew or not is_trained(plan)]
     if missing:
         from swift_cl.workflow.launch import launch
 
@@ -130,7 +134,8 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
             os.environ.setdefault("LOG_LEVEL", "ERROR")
         code = launch("chain", [plan.run_dir for plan in plans])
         if code != 0:
-            stopped = next(s for plan in missing for s in plan.stages if not (Path(s.dir) / STAGE_FILE).is_file())
+            planned = [stage for plan in missing for stage in plan.stages]
+            stopped = next((s for s in planned if not (Path(s.dir) / STAGE_FILE).is_file()), planned[-1])
             raise RunFailure(
                 f"training ended with exit code {code} in {stopped.dir}; its output is above, finished stages are kept"
             )
@@ -138,7 +143,8 @@ def train(plans: list[RunPlan], verbose: bool) -> None:
         stages = [load_stage(Path(stage.dir)) for stage in plan.stages]
         for stage, previous in zip(stages, [None, *stages], strict=False):
             check_started_from(stage, previous)
-        record(Path(plan.run_dir), stages[0])
+        if distributed.node()[0] == 0:
+            record(Path(plan.run_dir), stages[0])
 
 
 def eval_argv(config: RunConfig, plans: list[RunPlan]) -> list[str]:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from swift_cl.cli.eval_flags import options_from
+from swift_cl.cli.main import build_parser
 from swift_cl.errors import UserError
 from swift_cl.evaluation.plan import GridOptions, load_grid
 from swift_cl.serving import backends
-from swift_cl.serving.adapters import check_deployment, is_all_zero, weights_id
+from swift_cl.serving.adapters import Adapter, Deployment, check_deployment, is_all_zero, weights_id
 from swift_cl.serving.backends import ServerOptions, command
 
 
@@ -114,6 +116,40 @@ def test_refused_environments(make_run, monkeypatch, found, backend, says):
         flags(make_run(), backend)
 
 
+@pytest.mark.parametrize("backend", ["vllm", "vllm-offline"])
+def test_vllm_over_several_gpus(make_run, packages, backend):
+    given = ["--vllm_tensor_parallel_size", "2", "--vllm_data_parallel_size", "4", "--server_args", "--vllm_gpu_x 1"]
+    args = build_parser().parse_args(["eval", "run", "--infer_backend", backend, *given])
+    options = options_from(args).server.options
+    argv = command(deployment(make_run()), options, "127.0.0.1", 1).argv
+    assert " ".join(argv).endswith("--vllm_tensor_parallel_size 2 --vllm_data_parallel_size 4 --vllm_gpu_x 1")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--infer_backend", "pt"], "--vllm_tensor_parallel_size=2 needs --infer_backend vllm or vllm-offline"),
+        (["--infer_backend", "vllm", "--base_url", "http://x/v1"], "--vllm_tensor_parallel_size is for starting one"),
+    ],
+)
+def test_gpus_where_vllm_is_not_started(given, says):
+    args = build_parser().parse_args(["eval", "run", "--vllm_tensor_parallel_size", "2", *given])
+    with pytest.raises(UserError, match=says):
+        options_from(args)
+
+
+def test_models_of_ours_are_served_by_pt_alone(make_run, packages):
+    t5 = replace(deployment(make_run()), model_args={"model_type": "t5", "template": "t5"})
+    served = command(t5, ServerOptions("pt"), "127.0.0.1", 1)
+    assert "--model_type t5 --template t5" in " ".join(served.argv)
+    assert served.env["SWIFT_CL_PLUGINS"] == "1"
+    for backend in ("vllm", "vllm-offline", "lmdeploy"):
+        with pytest.raises(UserError, match=f"^--infer_backend {backend} does not serve models of type t5; use pt$"):
+            command(t5, ServerOptions(backend), "127.0.0.1", 1)
+    with pytest.raises(UserError, match="a model of type t5 needs swift_cl in the server's environment"):
+        command(t5, ServerOptions("pt", "/elsewhere/python"), "127.0.0.1", 1)
+
+
 def test_offline_vllm_is_vllm_without_a_port(make_run, packages):
     served, offline = (flags(make_run(name), name)[0] for name in ("vllm", "vllm-offline"))
     assert served[1].endswith("serve_adapters.py")
@@ -178,6 +214,32 @@ def test_adapter_of_another_base(make_run, tmp_path):
     save_file({"other.weight": np.ones((4, 6), np.float32)}, tmp_path / "base" / "model.safetensors")
     with pytest.raises(UserError, match="the adapter changes layer, which the model"):
         check_deployment(deployment(run))
+
+
+@pytest.mark.parametrize(
+    ("in_the_file", "in_the_model"),
+    [
+        ("model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),  # Qwen2-VL
+        ("visual.blocks.0.mlp.fc1", "model.visual.blocks.0.mlp.fc1"),
+        ("language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),  # LLaVA
+    ],
+)
+def test_files_of_seeing_models_name_their_layers_in_another_way(in_the_file, in_the_model, tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    folder.mkdir()
+    save_file({f"{in_the_file}.weight": np.zeros((6, 4), np.float32)}, base / "model.safetensors")
+    for width, fits in ((4, True), (5, False)):
+        pair = {"lora_A": np.zeros((2, width), np.float32), "lora_B": np.zeros((6, 2), np.float32)}
+        named = {f"base_model.model.{in_the_model}.{side}.weight": value for side, value in pair.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+        served = Deployment(str(base), {}, (Adapter("a", folder, "x"),))
+        if fits:
+            check_deployment(served)
+        else:
+            with pytest.raises(UserError, match="the adapter belongs to another base model"):
+                check_deployment(served)
 
 
 def test_two_adapter_types_cannot_share_a_server(make_run):

@@ -93,6 +93,23 @@ def test_plain_text_is_continued_without_a_template(stage):
     assert (short.finish_reason, short.tokens) == ("length", 1)
 
 
+def test_a_beam_search_finds_likelier_answers(stage):
+    """Against transformers' own beam search on the same prompt; greedy answers something else."""
+    first, sft = stage
+    (prompt,) = prompts()[2:]
+    with sft._open_engine(first.weights_dir, "transformers") as engine:
+        (greedy,), (beams,) = (engine.answer([prompt], Sampling(0.0, 12, beams=n), [0]) for n in (1, 4))
+        text = f"<|im_start|>user\n{QUESTIONS[2]}<|im_end|>\n<|im_start|>assistant\n"
+        ids = sft.processor(text, return_tensors="pt")["input_ids"]
+        model = engine.engine.model
+        with torch.no_grad():
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, num_beams=4,
+                                   do_sample=False)  # fmt: skip
+    expected = sft.processor.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    assert beams.text == expected
+    assert beams.text != greedy.text
+
+
 def test_embeddings_do_not_depend_on_the_batch(stage):
     _, sft = stage
     with sft._open_engine(None, "transformers") as engine:

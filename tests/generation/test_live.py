@@ -39,6 +39,16 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert together == drawn(model, PROMPTS, seeds), "the process's random state plays a part"
 
 
+def test_a_rank_with_fewer_batches_takes_part_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights are spread over ranks, a batch that one rank leaves out would leave the others waiting."""
+    model, seeds = language_model(), [11, 12, 13, 14]
+    alone = drawn(model, PROMPTS, seeds, at_once=2)
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: calls.append(len(given["input_ids"])) or generate(**given))
+    assert drawn(model, PROMPTS, seeds, at_once=2, rounds=4) == alone
+    assert calls == [2, 2, 1, 1]
+
+
 def test_an_answer_ends_with_the_first_stop_token() -> None:
     assert cut([5, 6, 0, 7, 0], [0, 9]) == [5, 6, 0]
     assert cut([5, 6, 7], [0]) == [5, 6, 7]

@@ -1,6 +1,7 @@
 """Tasks with images: every method trains on them or refuses them, and the evaluator really shows the pictures."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +14,39 @@ from swift_cl.methods._generating import GenerationConfig
 from swift_cl.methods.registry import methods
 from swift_cl.stages import load_stage
 from tests.support.commands import run_swift_cl
-from tests.support.seeing_base import FLAGS as SEEING
-from tests.support.seeing_base import seeing_base, write_pictures
+from tests.support.seeing_base import SHAPES, why_not_qwen2_vl, write_pictures
 from tests.support.train import FLAGS, adapter, train_stage
 
 pytestmark = pytest.mark.slow
 
-SHORT = {**SEEING, "max_steps": 2, "per_device_train_batch_size": 8, "lora_dropout": 0.0, "save_steps": 100}
+SHORT = {"max_steps": 2, "per_device_train_batch_size": 8, "lora_dropout": 0.0, "save_steps": 100}
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untrained model, and two tasks that ask about a picture's colour in different words."""
-    folder = tmp_path_factory.mktemp("shown")
-    seeing_base(folder / "base")
+@dataclass(frozen=True)
+class Shown:
+    """A folder with the untrained model in `base` and two tasks that ask for a picture's colour in different words."""
+
+    folder: Path
+    flags: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=sorted(SHAPES))
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """One for every shape of model."""
+    reason = why_not_qwen2_vl() if request.param == "qwen2_vl" else None
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp(request.param)
+    SHAPES[request.param].make(folder / "base")
     for name in ("colour", "paint"):
         write_pictures(folder, f"{name}-train", name, (0, 6, 12, 18))
         write_pictures(folder, f"{name}-test", name, (3, 15))
-    return folder
+    return Shown(folder, SHAPES[request.param].flags)
 
 
-def data(shown: Path, task: str) -> dict[str, Any]:
-    return {"model": str(shown / "base"), "dataset": str(shown / f"{task}-train.json"), "system": None, **SHORT}
+def data(shown: Shown, task: str) -> dict[str, Any]:
+    file = shown.folder / f"{task}-train.json"
+    return {"model": str(shown.folder / "base"), "dataset": str(file), "system": None, **shown.flags, **SHORT}
 
 
 def refuses(method: str) -> str | None:
@@ -50,7 +62,7 @@ def refuses(method: str) -> str | None:
 
 
 @pytest.mark.parametrize("method", sorted(name for name in methods() if not refuses(name)))
-def test_every_method_trains_on_pictures(method: str, shown: Path, tmp_path: Path) -> None:
+def test_every_method_trains_on_pictures(method: str, shown: Shown, tmp_path: Path) -> None:
     first, second = tmp_path / "1", tmp_path / "2"
     train_stage(method, "colour", first, **data(shown, "colour"))
     train_stage(method, "paint", second, first, **data(shown, "paint"))
@@ -59,25 +71,35 @@ def test_every_method_trains_on_pictures(method: str, shown: Path, tmp_path: Pat
     assert any(name not in one or not torch.equal(one[name], two[name]) for name in two)
 
 
+def test_a_row_is_collated_again_with_its_picture(shown: Shown, tmp_path: Path) -> None:
+    """As a method's memory does at every step."""
+    session = train_stage("seq", "colour", tmp_path / "1", **{**data(shown, "colour"), "max_steps": 1}).session
+    encoded = session.encode(session.rows[:2])
+    first, again = session.collate(encoded), session.collate(encoded)
+    assert "pixel_values" in first
+    assert first.keys() == again.keys()
+    assert torch.equal(first["pixel_values"], again["pixel_values"])
+
+
 @pytest.mark.parametrize("method", sorted(filter(refuses, methods())))
-def test_methods_of_text_alone_refuse_pictures(method: str, shown: Path, tmp_path: Path) -> None:
+def test_methods_of_text_alone_refuse_pictures(method: str, shown: Shown, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=refuses(method)):
         train_stage(method, "colour", tmp_path / "1", **data(shown, "colour"))
 
 
-def test_two_tasks_are_learned_and_asked_with_their_pictures(shown: Path) -> None:
+def test_two_tasks_are_learned_and_asked_with_their_pictures(shown: Shown) -> None:
     """All rows of a task ask the same words, so that only a model that is shown the picture can be right each time."""
     tasks = [{"name": t, "train": f"{t}-train.json", "test": f"{t}-test.json"} for t in ("colour", "paint")]
-    (shown / "benchmark.yaml").write_text(yaml.safe_dump({"name": "pictures", "tasks": tasks}))
-    train = {**FLAGS, **SEEING, "max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
+    (shown.folder / "benchmark.yaml").write_text(yaml.safe_dump({"name": "pictures", "tasks": tasks}))
+    train = {**FLAGS, **shown.flags, "max_steps": 40, "per_device_train_batch_size": 16, "learning_rate": 1e-2}
     train |= {"lora_rank": 8, "lora_dropout": 0.0, "save_steps": 1000, "logging_steps": 20}
     del train["add_version"]
     config = {
-        "benchmark": "benchmark.yaml", "model": str(shown / "base"), "output_dir": "runs", "method": ["seq"],
+        "benchmark": "benchmark.yaml", "model": str(shown.folder / "base"), "output_dir": "runs", "method": ["seq"],
         "train": train, "eval": {"infer_backend": "pt", "scorer": ["exact_match"], "max_tokens": 8},
     }  # fmt: skip
-    (shown / "run.yaml").write_text(yaml.safe_dump(config))
-    run_swift_cl("run", str(shown / "run.yaml"))
-    found = json.loads((shown / "runs" / "seq" / "results.json").read_text())["scorers"]["exact_match"]
+    (shown.folder / "run.yaml").write_text(yaml.safe_dump(config))
+    run_swift_cl("run", str(shown.folder / "run.yaml"))
+    found = json.loads((shown.folder / "runs" / "seq" / "results.json").read_text())["scorers"]["exact_match"]
     assert found["base"] == [0, 0]
     assert found["metrics"]["new_acc"] > 80, "four colours: one answer for all of them gives 25"

@@ -1,6 +1,5 @@
 """The README's worked example of a method is the tested one, and works when it is installed as a plug-in."""
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.support.commands import environment, swift_cl_command
+from tests.support.commands import swift_cl_command
+from tests.support.plugins import installed
 from tests.support.train import TASKS, adapter, stage_argv
 
 EXAMPLE = ROOT / "tests" / "support" / "l2_anchor.py"
@@ -31,14 +31,7 @@ def test_every_method_is_in_the_readme() -> None:
 @pytest.fixture
 def plugin(tmp_path: Path) -> dict[str, str]:
     """An installed distribution with the example and its entry point; returns the environment to run in."""
-    site = tmp_path / "site"
-    info = site / "l2_anchor_plugin-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "l2_anchor.py").write_text(EXAMPLE.read_text(encoding="utf-8"))
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: l2_anchor_plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[swift_cl.methods]\nl2_anchor = l2_anchor:L2Anchor\n")
-    paths = [str(site), str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**environment(), "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    return installed(tmp_path / "site", EXAMPLE, "l2_anchor", "L2Anchor")
 
 
 def run(plugin: dict[str, str], *argv: str) -> "subprocess.CompletedProcess[str]":

@@ -9,6 +9,7 @@ import torch
 from swift_cl.io import load_method_state
 from swift_cl.methods.registry import methods
 from tests.support.chains import run_chain
+from tests.support.communication import COUNTED, beyond_plain
 from tests.support.train import NEED_A_TALKING_BASE, adapter, assert_equal_up_to_rounding, contradicting_rows
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("processes")
     contradicting_rows(folder)
     run_chain(folder / "one", names, processes=1, batch=4)
-    run_chain(folder / "two", names, processes=2, batch=2)
+    run_chain(folder / "two", names, processes=2, batch=2, train=COUNTED)
     return folder / "one" / "runs", folder / "two" / "runs"
 
 
@@ -74,3 +75,20 @@ def test_replay_draws_the_same_rows(runs: tuple[Path, Path]) -> None:
     existing = [path for path in records if path.is_file()]
     if existing:
         assert records[0].read_bytes() == records[1].read_bytes()
+
+
+GRADIENTS_SENT = {"gem": 1.0, "migu": 0.127}
+"""What a step of the second task sends beyond plain fine-tuning, in gradients of the trained parameters: gem one for
+its one constraint, migu the outputs' sizes. The others: nothing but counts of rows and tokens, and what DDP sends by
+itself, a bitmap of the parameters and the buffers (the frozen prompts of prog_prompt)."""
+COUNTS = 512
+"""Bytes."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_sent_in_a_step(runs: tuple[Path, Path], method: str) -> None:
+    """The numbers of assets/distributed.md."""
+    stage, plain = (runs[1] / name / "stage_2_second" for name in (method, "seq"))
+    beyond, gradient = beyond_plain(stage, plain)
+    frozen_prompts = 10_240 if method == "prog_prompt" else 0
+    assert abs(beyond - GRADIENTS_SENT.get(method, 0) * gradient - frozen_prompts) <= COUNTS

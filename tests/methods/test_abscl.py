@@ -16,7 +16,7 @@ from swift_cl.methods._orthogonality import overlap
 from swift_cl.methods._prompts import task_features
 from swift_cl.methods._routing import RouteRequest
 from swift_cl.methods.abscl import Abscl, AbsclConfig, in_blocks
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.methods.test_dynamic_conpet import ALPHABETS, SelectorContext, rows
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.lora_pair import LoraPair

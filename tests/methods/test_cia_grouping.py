@@ -14,7 +14,7 @@ from swift_cl.methods._routing import Candidate, RouteRequest
 from swift_cl.methods.base import EarlierTask
 from swift_cl.methods.cia import Cia, CiaConfig
 from swift_cl.serving.routing.model import StageRouter
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext
 from tests.support.tiny_lora import continued, stage_adapter
 

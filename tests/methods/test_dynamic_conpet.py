@@ -16,7 +16,7 @@ from swift_cl.methods._prompts import last_token_features, questions_alone
 from swift_cl.methods._routing import RouteRequest
 from swift_cl.methods.base import EarlierTask
 from swift_cl.methods.dynamic_conpet import DynamicConpet, DynamicConpetConfig, batches, grown, selector_loss
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext
 from tests.support.route_model import CharacterTemplate, make_adapters, make_router
 from tests.support.tiny_lora import continued, language_model, stage_adapter

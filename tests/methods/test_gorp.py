@@ -14,7 +14,7 @@ from swift_cl.io import MethodState
 from swift_cl.methods._gradient_space import Sketch, grown
 from swift_cl.methods._state import pack
 from swift_cl.methods.gorp import Gorp, GorpConfig, without
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.lora_pair import LoraPair
 

@@ -63,6 +63,23 @@ def test_a_group_without_tokens_adds_nothing():
     assert ctx.logged["lamol_lm"] == 0.0
 
 
+def test_weighted_tokens():
+    """(d): losses 1, 4, 1 with a separator that weighs 5 have the mean 22/7, and without weights 2."""
+    rows = {"new_qa": [2.0], "new_lm": [1.0, 4.0, 1.0]}
+    weights = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 5.0, 1.0]])
+    found = {}
+    for weighted in (True, False):
+        ctx, groups = FakeContext(), Groups(CHANNELS, WEIGHTS, weighted)
+        inputs = {**batch(**rows), "loss_scale": weights}
+        groups.window(ctx, [inputs, inputs])
+        mask, index = groups.index(inputs, inputs["channel"])
+        losses = torch.tensor([loss for own in rows.values() for loss in own])
+        sums = groups.sums(losses * weights[:, 1:][mask] if weighted else losses, index)
+        found[weighted] = float(groups.total(ctx, sums, "lamol")) * 2  # two equal micro-batches
+    assert found[True] == pytest.approx(2.0 + 0.25 * 22 / 7)
+    assert found[False] == pytest.approx(2.0 + 0.25 * 2.0)
+
+
 def test_rows_without_channel_are_new_questions():
     groups = Groups(CHANNELS, WEIGHTS)
     _, index = groups.index({"labels": torch.tensor([[-100, 1], [-100, 2]])}, None)

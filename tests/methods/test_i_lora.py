@@ -14,7 +14,7 @@ from swift_cl.methods._state import pack, shapes_of
 from swift_cl.methods.base import TrainingRow
 from swift_cl.methods.i_lora import MEMORY, ROW_MARK, ILora, ILoraConfig
 from swift_cl.methods.replay import Replay, ReplayConfig
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext
 from tests.support.language_model import TokenContext
 from tests.support.lora_pair import LoraPair

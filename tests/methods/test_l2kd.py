@@ -111,7 +111,7 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
         def encode(self, rows):
             return [{**row, "labels": [-100, 1, 1]} for row in rows]
 
-    first = l2kd(variant=variant)
+    first = l2kd(variant=variant, num_beams=3)
     ctx = Labelled(task="old", folder=tmp_path / "1")
     first.prepare_task(ctx, kind_rows("old", 20))
     state = first.end_task(ctx)
@@ -124,7 +124,7 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
         }
     )
     rows = kind_rows("now", 10)
-    mixed = l2kd(variant=variant).prepare_task(ctx, rows)
+    mixed = l2kd(variant=variant, num_beams=3).prepare_task(ctx, rows)
     answers = [row["messages"][2]["content"] for row in mixed if row["channel"] == "new/qa"]
     expected = [f"T: now thing {i}" for i in range(10)]
     expected[3:5] = ["now kind 3", "now kind 4"]
@@ -132,7 +132,8 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
     assert [row["messages"][2]["content"] for row in mixed if row["channel"] == "pseudo/qa"] == ["old answer"] * 2
     assert next(row for row in mixed if row["channel"] == "new/lm")["messages"][2]["content"].endswith("T: now thing 0")
     (asked,) = ctx.engines.engines[ctx.phases["teacher"]].calls
-    assert asked[1].temperature == 0
+    assert (asked[1].temperature, asked[1].beams) == (0, 3)
+    assert ctx.engines.engines[ctx.earlier[0].weights_dir].calls[0][1].beams == 1, "generated rows are drawn"
     assert asked[1].max_new_tokens == 3  # 1.5 x the 2 tokens of an answer
     assert ctx.notices[0].startswith("2 of 10 rows keep their given answer")
     assert rows[0]["messages"][2]["content"] == "now kind 0", "the rows that statistics see are changed"
@@ -191,6 +192,12 @@ def test_the_teacher_is_fresh_and_deleted(tmp_path):
         ({"kd_temperature": 0.0}, "--l2kd_kd_temperature is 0.0"),
         ({"teacher_epochs": -1.0}, "--l2kd_teacher_epochs is -1.0"),
         ({"lambda_": 0.0}, "--l2kd_lambda is 0.0"),
+        ({"num_beams": 0}, "--l2kd_num_beams is 0, allowed: 1 or more"),
+        ({"num_beams": 2}, "--l2kd_num_beams is 2, allowed: 1, because with --l2kd_variant word"),
+        (
+            {"num_beams": 2, "variant": "seq", "gen_backend": "vllm"},
+            "--l2kd_num_beams is 2, allowed: 1 with --l2kd_gen_backend vllm",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):

@@ -145,6 +145,7 @@ def test_answers_of_a_closed_set(tmp_path):
         ({"gamma": 0.0}, r"--lamol_gamma is 0.0, allowed: a number in \(0, 1\]"),
         ({"lambda_": 0.0}, "--lamol_lambda is 0.0, allowed: a number > 0"),
         ({"top_k": -1}, "--lamol_top_k is -1"),
+        ({"sep_weight": 0.5}, "--lamol_sep_weight is 0.5, allowed: a number >= 1"),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):
@@ -164,3 +165,65 @@ def test_rows_with_separators_are_left_out_and_said(tmp_path):
     assert len(by_channel(mixed, "new/lm")) == 19
     assert len(by_channel(mixed, "new/qa")) == 20
     assert ctx.notices[0].startswith("1 of 20 rows of task 'one' have no generation row")
+
+
+def test_separators_of_generation_rows_weigh_more():
+    """Only there: a question row that holds such a text keeps weight 1."""
+    from swift.loss_scale import get_loss_scale
+    from swift.template import ContextType
+
+    from swift_cl.training.loss_scale import register_loss_scale
+
+    (scale,) = lamol(sep_weight=5.0)().required_flags().values()
+    assert scale == "default+separator_weight_5.0"
+    assert lamol()().required_flags() == {}
+    register_loss_scale(scale)
+    kinds = [ContextType.OTHER, ContextType.RESPONSE, ContextType.SUFFIX]
+
+    def scaled(user, answer):
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        return get_loss_scale(scale)([user, answer, "<end>"], kinds, messages)
+
+    texts, scales = scaled("__gen__:t", "__sys__\nbrief\n__user__\nA?\n__ans__\nb")
+    assert texts == ["__gen__:t", "__sys__\n", "brief", "\n__user__\n", "A?", "\n__ans__\n", "b", "<end>"]
+    assert scales == [0.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0, 1.0]
+    assert scaled("A?", "x\n__ans__\nb") == (["A?", "x\n__ans__\nb", "<end>"], [0.0, 1.0, 1.0])
+
+
+def test_the_weighted_loss():
+    """L = (w_qa l_qa) + lambda (1 + 5 x 4 + 1) / 7 with token losses 1, 4, 1 of the generation row."""
+    import math
+    from types import SimpleNamespace
+
+    import torch
+
+    from tests.support.fake_context import FakeContext
+
+    def logits_of(losses):
+        """Two classes, label 0 with these losses."""
+        return [[0.0, math.log(math.exp(loss) - 1)] for loss in losses]
+
+    labels = torch.tensor([[-100, 0, 0, 0]])
+    inputs = {"labels": labels, "channel": ["new/lm"], "loss_scale": torch.tensor([[0.0, 1.0, 5.0, 1.0]])}
+    outputs = SimpleNamespace(logits=torch.tensor([logits_of([1, 4, 1, 1])]))
+    for weight, mean in ((5.0, 22 / 7), (1.0, 2.0)):
+        method, ctx = lamol(sep_weight=weight)(), FakeContext()
+        method.train_begin(ctx)
+        ctx.channels, ctx.token_weights = ["new/lm"], inputs["loss_scale"] if weight != 1 else None
+        method.window(ctx, [inputs])
+        assert float(method.loss(ctx, None, inputs, None, outputs)) == pytest.approx(0.25 * mean)
+
+
+@pytest.mark.slow
+def test_the_weight_reaches_a_real_training(tmp_path):
+    """One step without movement: question rows are as without the weight, generation rows are not."""
+    from tests.support.train import TASKS, train_stage
+
+    found = []
+    for weight in (1.0, 5.0):
+        sft = train_stage(
+            "lamol", TASKS[0], tmp_path / str(weight), max_steps=1, lora_dropout=0.0, lamol_sep_weight=weight
+        )
+        found.append(next(entry for entry in sft.trainer.state.log_history if "lamol_lm" in entry))
+    assert found[0]["lamol_qa"] == pytest.approx(found[1]["lamol_qa"], rel=1e-5)
+    assert abs(found[0]["lamol_lm"] - found[1]["lamol_lm"]) > 0.05

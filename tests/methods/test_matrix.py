@@ -3,6 +3,7 @@
 A new method is tested by being registered.
 """
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -90,6 +91,22 @@ def assert_same_state(method: str, one: Path, two: Path) -> None:
             assert torch.equal(a.tensors[name], b.tensors[name]), name
 
 
+def watched(method: str, folder: Path, previous: Path) -> tuple[Any, int, int]:
+    """(a second stage of one step, models with a head that it holds, rows of logits that are there after it)."""
+    from transformers import PreTrainedModel
+
+    def alive(kind: type) -> dict[int, Any]:
+        gc.collect()
+        return {id(found): found for found in gc.get_objects() if issubclass(type(found), kind)}
+
+    vocabulary = json.loads((MODEL / "config.json").read_text())["vocab_size"]
+    models, tensors = alive(PreTrainedModel), alive(torch.Tensor)
+    sft = train_stage(method, TASKS[1], folder, previous, max_steps=1)
+    whole = [m for key, m in alive(PreTrainedModel).items() if key not in models and "For" in type(m).__name__]
+    logits = [t for key, t in alive(torch.Tensor).items() if key not in tensors and t.shape[-1:] == (vocabulary,)]
+    return sft, len(whole), sum(len(t) for t in logits if t.ndim > 1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_tasks_chain(work: Path, method: str) -> None:
     first, second = two_stages(work, method)
@@ -159,7 +176,7 @@ def test_accumulation_changes_nothing(work: Path, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_frozen_weights_stay_bit_identical(tmp_path: Path, work: Path, method: str) -> None:
     first, _ = two_stages(work, method)
-    sft = train_stage(method, TASKS[1], tmp_path / "2", first, max_steps=1)
+    sft, models, logits = watched(method, tmp_path / "2", first)
     from safetensors.torch import load_file
 
     base = {name: t.float() for name, t in load_file(MODEL / "model.safetensors").items()}
@@ -174,6 +191,30 @@ def test_frozen_weights_stay_bit_identical(tmp_path: Path, work: Path, method: s
     trained = [name for name, p in sft.trainer.model.named_parameters() if p.requires_grad]
     assert trained
     assert all(".default." in name for name in trained), "an extra adapter became trainable"
+    # What is old is kept as adapters and heads: no method holds a second base model, or logits of a data set.
+    assert models == 1
+    size = sum(tensor.numel() for tensor in base.values())
+    assert sum(p.numel() for p in sft.trainer.model.parameters()) < 1.5 * size
+    assert logits <= 2 * sft.args.per_device_train_batch_size, "more rows of logits than a step has"
+
+
+@pytest.mark.parametrize("method", ["ewc", "cia"])
+def test_the_state_does_not_grow(work: Path, tmp_path: Path, method: str) -> None:
+    """As many numbers after the third task as after the second."""
+    _, second = two_stages(work, method)
+    train_stage(method, "2024", tmp_path / "3", second, max_steps=1)
+    states = [load_method_state(stage / "cl_state", method) for stage in (second, tmp_path / "3")]
+    shapes = [{name: tensor.shape for name, tensor in state.tensors.items()} for state in states]
+    assert shapes[0] == shapes[1]
+    assert bool(shapes[0]) == (method == "ewc")
+    assert [len(rows) for rows in states[0].rows.values()] == [len(rows) for rows in states[1].rows.values()]
+    sizes = [
+        sum(file.stat().st_size for file in (stage / "cl_state").rglob("*.safetensors"))
+        for stage in (second, tmp_path / "3")
+    ]
+    assert sizes[0] == sizes[1]
+    texts = [len((stage / "cl_state" / f"{method}.json").read_text()) for stage in (second, tmp_path / "3")]
+    assert texts[1] - texts[0] < 100, "more than the name of a task"
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if "full" in methods()[m].support.tuners])
@@ -225,27 +266,36 @@ def test_the_kept_adapter_needs_nothing_of_ours(work: Path, plain_model: Any, me
         assert found == pytest.approx(stage.probe["logprobs"], abs=1e-3)
 
 
+def sharded(version: int) -> dict[str, Any]:
+    """ms-swift's arguments for a version of FSDP."""
+    return {"fsdp": "fsdp2", "training_args": SimpleNamespace(fsdp_plugin_args={"fsdp_version": version})}
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_method_does_not_declare_is_refused(method: str) -> None:
+def test_what_a_method_does_not_declare_is_refused(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every feature of `Support`, before a model is loaded."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
     made = methods()[method](methods()[method].config_class())
     support = made.supports()
     usual: dict[str, Any] = {
         "tuner_type": support.tuners[0], "deepspeed": None, "bf16": False, "fp16": False, "packing": False,
         "quant_bits": None, "streaming": False, "sequence_parallel_size": 1, "use_liger_kernel": False,
         "lazy_tokenize": False, "task_type": "causal_lm", "cached_dataset": [], "fsdp": None,
+        "loss_scale": "default",
     }  # fmt: skip
     check_support(SimpleNamespace(**usual), made)
     zero = {stage: {"zero_optimization": {"stage": stage}} for stage in range(4)}
     stages = support.full_deepspeed if usual["tuner_type"] == "full" else support.deepspeed
     cases: list[tuple[bool, str, dict[str, Any]]] = [
         (False, "task_type", {"task_type": "embedding"}),
-        (False, "fsdp", {"fsdp": "full_shard"}),
+        (False, "fsdp", sharded(1)),
+        (support.full_fsdp if usual["tuner_type"] == "full" else support.fsdp, "fsdp", sharded(2)),
         (support.packing, "packing", {"packing": True}),
         (support.quantized, "quant_bits", {"quant_bits": 4}),
         (support.streaming, "streaming", {"streaming": True}),
         (support.sequence_parallel, "sequence_parallel_size", {"sequence_parallel_size": 2}),
         (support.liger, "use_liger_kernel", {"use_liger_kernel": True}),
+        (not made.replaces_loss, "loss_scale", {"loss_scale": "react"}),
         *((stage in stages, "deepspeed", {"deepspeed": config}) for stage, config in zero.items()),
     ]
     if 0 in stages:

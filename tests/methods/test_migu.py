@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from swift_cl.errors import UserError
 from swift_cl.methods.migu import Migu, MiguConfig, unit_mask
-from swift_cl.training.session import parameter_name
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.ranks import on_ranks
 from tests.support.tiny_lora import continued, language_model, stage_adapter
+from tests.support.train import train_stage
 
 
 def test_the_top_half_of_the_outputs() -> None:
@@ -185,12 +186,59 @@ def test_full_fine_tuning_masks_linear_layers_and_leaves_the_rest() -> None:
     assert not any("norm" in name or "embed" in name for name in written)
 
 
+def test_a_head_that_is_tied_to_the_embedding_is_trained_whole() -> None:
+    model = language_model().train()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    ctx = FakeContext(model, earlier=["t0"])
+    method = begun(ctx)
+    ids = torch.tensor([[1, 2, 3]])
+    model(input_ids=ids, labels=ids)
+    written = masked(method, ctx).written
+    assert "model.layers.0.self_attn.q_proj.weight" in written
+    assert not any("embed" in name or "head" in name for name in written)
+
+
+class Head(nn.Module):
+    """An output head that runs on the last positions only, as ms-swift lets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(1, 2, bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.tensor([[1.0], [3.0]]))
+
+    def forward(self, input_ids: Tensor, logits_to_keep: Any = None) -> Tensor:
+        found: Tensor = self.head(input_ids.float()[:, -logits_to_keep:].unsqueeze(-1))
+        return found
+
+
+@pytest.mark.parametrize("keep", [3, 4])
+def test_a_head_on_some_positions_counts_those_that_predict_an_answer(keep: int) -> None:
+    """Inputs 1 to 5, labels at positions 3 and 4: positions 2 and 3 predict them, and 3 + 4 = 7 is what they sum up."""
+    ctx = FakeContext(Head().train(), earlier=["t0"])
+    method = begun(ctx, statistic="sum")
+    ids, labels = torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([[-100, -100, -100, 8, 9]])
+    with method.forward(ctx, {"labels": labels}):
+        ctx.model(input_ids=ids, logits_to_keep=keep)  # type: ignore[misc]
+    assert method._magnitudes["head"].tolist() == [7.0, 21.0]
+
+
 def test_the_model_is_left_clean() -> None:
     ctx = FakeContext(Layer().train(), earlier=["t0"])
     method = begun(ctx)
     method.end_task(ctx)
     assert all(not module._forward_hooks for module in ctx.model.modules())  # type: ignore[union-attr]
     assert not ctx.model._forward_pre_hooks  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_in_training_every_forward_is_seen(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method without a term of its own for the loss has its `forward` called too."""
+    seen: list[Any] = []
+    original = Migu.forward
+    monkeypatch.setattr(Migu, "forward", lambda *args: (seen.append(args), original(*args))[1])
+    train_stage("migu", "2022", tmp_path / "1", max_steps=2)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("ratio", [1.0, -0.1, float("nan")])

@@ -163,7 +163,7 @@ class PeftContext(FakeContext):
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        from swift_cl.training.session import parameter_name
+        from swift_cl.training.before import parameter_name
 
         assert self.model is not None
         return {parameter_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -251,7 +251,7 @@ class TestTraining:
         heads = method._heads
         assert heads is not None
         with torch.no_grad():
-            expected = heads(states, prompt, torch.ones_like(prompt), torch.zeros(2, SIZE)).kl
+            _, expected = heads(states, prompt, torch.ones_like(prompt), torch.zeros(2, SIZE))
         assert torch.allclose(kept["frozen"].latent.kl, expected, atol=1e-5)
 
     def test_a_checkpoint_holds_the_heads(self, tmp_path: Path) -> None:

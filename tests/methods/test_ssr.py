@@ -172,6 +172,61 @@ def test_definition_without_a_blank_line_is_empty():
     assert facts.row("x", "y", "s")["messages"][1]["content"] == "x"
 
 
+def write_demos(folder, task, entries, suffix="json"):
+    import json
+
+    lines = [json.dumps(entry) for entry in entries]
+    text = "\n".join(lines) if suffix == "jsonl" else f"[{', '.join(lines)}]"
+    (folder / f"{task}.{suffix}").write_text(text)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_demonstrations_of_ones_own(tmp_path, suffix):
+    """No row of the task is shown, and what is made has the task's definition and system prompt."""
+    for task in ("one", "two"):
+        own = [{"input": f"{task} mine {i}", "output": f"made {i}"} for i in range(3)]
+        write_demos(tmp_path, task, [{**own[0], "system": "You alone."}, *own[1:]], suffix)
+    make = ssr(demo_file=str(tmp_path / f"{{task}}.{suffix}"), shots=3)
+    base = in_order(*[said(f" new {i}\nOutput: x") for i in range(20)])
+    found = stages(make, tmp_path / "run", ["one", "two"], base=base, latest=shout)
+    asked = found[1][1].engines.engines[None].prompts
+    for prompt in asked:
+        assert sorted(re.findall(r"^Input: (.*)$", prompt.text, re.M)[:3]) == [f"one mine {i}" for i in range(3)]
+        assert prompt.text.startswith(f"{DEFINITION}\n\nInput: one mine")
+        assert "one thing" not in prompt.text
+    firsts = [re.findall(r"^Input: (.*)$", prompt.text, re.M)[0] for prompt in asked]
+    mixed, ctx, state = found[1]
+    new = [row["messages"] for row in mixed[len(ctx.rows) :]]
+    assert [messages[1]["content"] for messages in new] == [f"{DEFINITION}\n\nnew 0", f"{DEFINITION}\n\nnew 1"]
+    systems = ["You alone." if first == "one mine 0" else "You sort things." for first in firsts]
+    assert [messages[0]["content"] for messages in new] == systems[:2]
+    assert [demo["x"] for demo in state.rows["tasks"][1]["demos"]] == [f"two mine {i}" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"input": "a", "output": "b"}], "expected a list of at least 2 demonstrations .* found 1 entries"),
+        ([{"input": "a", "output": "b"}, {"input": "a"}], 'entry 1: expected "input" and "output" .*, found input'),
+        ([{"input": "a", "output": "b"}, "c"], "entry 1: expected .*, found str"),
+        ([{"input": "a", "output": "b"}, {"input": "a", "output": 1}], "entry 1: expected texts only"),
+        ([{"input": "a", "output": "b"}, {"input": " ", "output": "b"}], "entry 1: input and output may not be empty"),
+        ([{"input": "a", "output": "b"}, {"input": "a\nOutput: x", "output": "b"}], "entry 1: .* begins with Input:"),
+        ([{"input": "a", "output": "b", "answer": "c"}] * 2, "entry 0: expected .*, found input, output, answer"),
+    ],
+)
+def test_demonstrations_that_are_none(tmp_path, entries, message):
+    write_demos(tmp_path, "one", entries)
+    with pytest.raises(UserError, match=rf"^--ssr_demo_file .*one\.json.*{message}") as caught:
+        stages(ssr(demo_file=str(tmp_path / "one.json")), tmp_path, ["one"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_without_its_demonstrations(tmp_path):
+    with pytest.raises(UserError, match=r"one\.json: file not found"):
+        stages(ssr(demo_file=str(tmp_path / "{task}.json")), tmp_path, ["one"])
+
+
 def test_kmeans_takes_exactly_the_budget_from_all_clusters(tmp_path):
     """Three kinds of questions, of which one is rare: every cluster is there, nearest to its centroid first."""
     texts = itertools.chain(
@@ -321,6 +376,11 @@ def test_media_is_refused(tmp_path):
         ({"max_rounds": 0}, "--ssr_max_rounds is 0"),
         ({"min_fill": 1.5}, "--ssr_min_fill is 1.5"),
         ({"gen_seed": -2}, "--ssr_gen_seed is -2"),
+        ({"demo_file": "no/such.json"}, "--ssr_demo_file is 'no/such.json', allowed: a file that is there"),
+        (
+            {"demo_file": "{task}.json", "demo_ratio": 0.5},
+            "--ssr_demo_ratio is 0.5, allowed: 0.01, because --ssr_demo_file gives the demonstrations",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(settings, message):

@@ -5,17 +5,34 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from swift_cl.methods.registry import get_method
 from tests.support import commands
 from tests.support.train import CLASSES, FLAGS, METHOD_FLAGS, MODEL
+from tests.support.tuners import TUNER_FLAGS
 
 TASKS = ("first", "second")
 STAGES = ("stage_1_first", "stage_2_second")
 CLASS_FILES = (CLASSES / "2022.json", CLASSES / "2023.json")
+
+
+class Cell(NamedTuple):
+    """A method with a tuner; '' for the method's own first one."""
+
+    method: str
+    tuner: str = ""
+
+    @property
+    def name(self) -> str:
+        """As ids of tests and folders have it."""
+        return f"{self.method}-{self.tuner}" if self.tuner else self.method
+
+    def run_dir(self, folder: Path) -> Path:
+        """Where `run_chain(folder, ...)` leaves its stages."""
+        return folder / f"runs{self.tuner and '-' + self.tuner}" / self.method
 
 
 def free_port() -> int:
@@ -26,43 +43,33 @@ def free_port() -> int:
 
 def run_chain(
     folder: Path,
-    methods: Sequence[str],
+    cells: Sequence[Cell | str],
     processes: int,
     batch: int,
     train: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Train methods over the tasks `one.json` and `two.json` beside `folder` (see `contradicting_rows`); those that
-    classify over two tasks of classes.
+    """Train cells over the tasks `one.json` and `two.json` beside `folder` (see `contradicting_rows`), those that
+    classify over two tasks of classes; all in one launch. What is finished in `folder` is not trained again.
 
     Args:
+        cells: a name alone is a method with its own first tuner.
         train: further settings of the training; None as a value takes one out.
         env: further environment variables.
     """
     texts = (folder.parent / "one.json", folder.parent / "two.json")
-    classifiers = [name for name in methods if get_method(name).classifies]
-    others = [name for name in methods if name not in classifiers]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, own, files in (("texts", others, texts), ("classes", classifiers, CLASS_FILES)):
-        if own:
-            scenario = {"scenario": "class_incremental"} if own is classifiers else {}
-            _write(folder, name, own, files, scenario, processes, batch, train or {})
-            _run(folder / f"{name}.yaml", processes, env or {})
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for cell in (Cell(cell) if isinstance(cell, str) else cell for cell in cells):
+        groups.setdefault((cell.tuner, get_method(cell.method).classifies), []).append(cell.method)
+    files = []
+    for (tuner, classifies), methods in groups.items():
+        data = CLASS_FILES if classifies else texts
+        files.append(_write(folder, tuner, methods, data, classifies, _settings(tuner, processes, batch, train or {})))
+    _run(files, processes, env or {})
 
 
-def _write(
-    folder: Path,
-    name: str,
-    methods: Sequence[str],
-    files: Sequence[Path],
-    scenario: Mapping[str, str],
-    processes: int,
-    batch: int,
-    train: Mapping[str, Any],
-) -> None:
-    tasks = [{"name": task, "train": str(file), "test": str(file)} for task, file in zip(TASKS, files, strict=True)]
-    benchmark = {"name": name, "tasks": tasks, **scenario}
-    (folder / f"{name}-benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
+def _settings(tuner: str, processes: int, batch: int, train: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         **FLAGS,
         "per_device_train_batch_size": batch,
@@ -72,27 +79,56 @@ def _write(
         "max_steps": 4,
         "save_steps": 100,
         **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **({"tuner_type": tuner, **TUNER_FLAGS.get(tuner, {})} if tuner else {}),
         **train,
         "add_version": None,
     }
+    if tuner == "full":
+        settings["lora_rank"] = settings["lora_dropout"] = None
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _write(
+    folder: Path, tuner: str, methods: Sequence[str], data: Sequence[Path], classifies: bool, train: dict[str, Any]
+) -> Path:
+    name = ("classes" if classifies else "texts") + (tuner and f"-{tuner}")
+    tasks = [{"name": task, "train": str(file), "test": str(file)} for task, file in zip(TASKS, data, strict=True)]
+    scenario = {"scenario": "class_incremental"} if classifies else {}
+    benchmark = {"name": name, "tasks": tasks, **scenario}
+    (folder / f"{name}-benchmark.yaml").write_text(yaml.safe_dump(benchmark, sort_keys=False))
     own = {method: dict(METHOD_FLAGS.get(method, {})) for method in methods}
     for method, flags in own.items():
         flags.pop(f"{method}_labels", None)  # the benchmark says them
     config = {
         "benchmark": f"{name}-benchmark.yaml",
         "model": str(MODEL),
-        "output_dir": "runs",
+        "output_dir": str(Cell("", tuner).run_dir(Path())),
         "method": list(methods),
-        "train": {key: value for key, value in settings.items() if value is not None},
+        "train": train,
         "method_settings": {method: flags for method, flags in own.items() if flags},
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    return file
 
 
-def _run(file: Path, processes: int, env: Mapping[str, str]) -> None:
+def _run(files: Sequence[Path], processes: int, env: Mapping[str, str]) -> None:
     environment = {**commands.environment(), **env}
     if processes > 1:
         environment |= {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "swift_cl.cli.main", "run", str(file), "--mode", "train_only"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    command = [sys.executable, "-m", __name__, *map(str, files)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def main(files: Sequence[str]) -> None:
+    """`swift-cl run --mode train_only` of several run files, with one launch of the training for all of them."""
+    from swift_cl.workflow.config import load_config
+    from swift_cl.workflow.run import prepare, train
+
+    configs = [load_config(Path(file), []) for file in files]
+    train([plan for config, benchmark in configs for plan in prepare(config, benchmark, overwrite=False)], False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swift_cl.distributed import functional_forward
 from swift_cl.io import MethodState
 from swift_cl.methods.base import EarlierTask, TrainingRow
 from tests.support.fake_engine import Engines
@@ -33,6 +34,9 @@ class FakeGradients:
     def __setitem__(self, name: str, value: Tensor) -> None:
         self.values[name] = value
         self.written.add(name)
+
+    def add_part(self, name: str, part: Tensor) -> None:
+        self[name] = self[name] + part
 
     def flat(self) -> Tensor:
         return torch.cat([value.reshape(-1) for value in self.values.values()])
@@ -70,13 +74,14 @@ class FakeContext:
         self.system: str | None = None
         self.step, self.max_steps = 0, 100
         self.micro_batch, self.global_batch = 4, 8
-        self.is_logging_step = True
+        self.is_logging_step, self.schedule = True, 1.0
         self.logged: dict[str, float] = {}
         self.notices: list[str] = []
         self.records: dict[str, Any] = {}
         self.rows: list[TrainingRow] = []
         self.this_stage = EarlierTask(task, folder / task, folder / task / "adapter", folder / task / "cl_state")
         self.channels: list[str | None] | None = None
+        self.token_weights: Tensor | None = None
         self.stop_tokens = [0]
         self.engines: Engines | None = None
         self.phase = ""
@@ -100,8 +105,26 @@ class FakeContext:
     def module_for_forward(self) -> Any:
         return self.model
 
+    def gradients_of(self, total: Tensor, names: Sequence[str]) -> Sequence[Tensor | None]:
+        return torch.autograd.grad(total, [self.parameters[name] for name in names], allow_unused=True)
+
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().float() for name, p in self.parameters.items()}
+
+    def live_weights(self) -> dict[str, Tensor]:
+        return self.weights()
+
+    def weight_parts(self) -> dict[str, Tensor]:
+        return self.weights()
+
+    def parts_of(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(full)
+
+    def sum_of_parts(self, total: Tensor) -> Tensor:
+        return total
+
+    def forward_with(self, held: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        return functional_forward(self.model, self.parameters, held, inputs)
 
     def training_rows(self) -> list[TrainingRow]:
         return self.rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from swift_cl.generation.engine import Answer, Prompt, Sampling
+from swift_cl.generation.engine import Answer, Batch, Prompt, Sampling, one_by_one
 
 Speaks = Callable[[Prompt, int], Answer]
 
@@ -29,6 +29,9 @@ class FakeEngine:
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[Answer]:
         self.calls.append((list(prompts), sampling, list(seeds)))
         return [self.speaks(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def answer_batches(self, batches: Sequence[Batch], sampling: Sampling) -> list[list[Answer]]:
+        return one_by_one(self, batches, sampling)
 
     def embed(self, texts: Sequence[str]) -> Any:
         return np.array([[len(text), sum(map(ord, text)) % 97] for text in texts], dtype=float)

@@ -1,22 +1,23 @@
-"""A vision-language model of LLaVA's shape, small enough to learn colours on a CPU in seconds, and pictures to show it.
+"""Vision-language models small enough to learn colours on a CPU in seconds, and pictures to show them.
 
-LLaVA, because ms-swift's Qwen2-VL needs torchvision, whose published wheels do not load beside a CPU build of torch.
+LLaVA everywhere; Qwen2-VL where torchvision loads, which ms-swift's code for it needs (its published wheels do not load
+beside a CPU build of torch).
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.train import MODEL
 
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200), "white": (230, 230, 230)}
-FLAGS = {"model_type": "llava1_5_hf", "template": "llava1_5_hf", "torch_dtype": "float32"}
 IMAGE, BEGIN, END = "<image>", "<s>", "</s>"
 SIDE, PATCH = 28, 14
 
 
-def seeing_base(folder: Path) -> Path:
+def llava(folder: Path) -> Path:
     """The untrained model with its processor, the same weights at every call."""
     import torch
     from transformers import (
@@ -58,6 +59,75 @@ def seeing_base(folder: Path) -> Path:
         processor, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
     ).save_pretrained(folder)
     return folder
+
+
+QWEN_TOKENS = {
+    "<|vision_start|>": 151652, "<|vision_end|>": 151653, "<|vision_pad|>": 151654, "<|image_pad|>": 151655,
+    "<|video_pad|>": 151656,
+}  # fmt: skip
+"""ms-swift knows Qwen2-VL's by number."""
+
+
+def qwen2_vl(folder: Path) -> Path:
+    """The untrained model with its processor, the same weights at every call."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    words = json.loads((MODEL / "tokenizer.json").read_text(encoding="utf-8"))
+    words["model"]["vocab"].update(QWEN_TOKENS)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    words["added_tokens"] = [entry for entry in words["added_tokens"] if entry["special"]]
+    words["added_tokens"] += [{"id": number, "content": text, **plain} for text, number in QWEN_TOKENS.items()]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(words)), eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    text = {
+        "vocab_size": max(QWEN_TOKENS.values()) + 1, "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "initializer_range": 0.1, "bos_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": PATCH}
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    )
+    model.save_pretrained(folder)
+    Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()).save_pretrained(folder)
+    return folder
+
+
+def why_not_qwen2_vl() -> str | None:
+    """What keeps ms-swift's Qwen2-VL from running here; None where it can."""
+    for library in ("torchvision", "qwen_vl_utils"):
+        try:
+            __import__(library)
+        except Exception as error:  # torchvision fails in many ways beside another build of torch
+            return f"{library} does not load: {error}"
+    return None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One of the models: what makes it in a folder, and the flags that name it."""
+
+    make: Callable[[Path], Path]
+    flags: dict[str, Any]
+
+
+def _flags(name: str) -> dict[str, Any]:
+    return {"model_type": name, "template": name, "torch_dtype": "float32"}
+
+
+SHAPES = {"llava": Shape(llava, _flags("llava1_5_hf")), "qwen2_vl": Shape(qwen2_vl, _flags("qwen2_vl"))}
 
 
 def write_pictures(folder: Path, name: str, question: str, shades: Sequence[int]) -> Path:

@@ -67,11 +67,17 @@ METHOD_FLAGS: dict[str, dict[str, Any]] = {
         "lfpt5_max_rounds": 1,
         "lfpt5_min_fill": 0.0,
     },
+    "dynamic_conpet_cls": {
+        "dynamic_conpet_cls_labels": str(CLASSES / "labels.json"),
+        "dynamic_conpet_cls_batch_limit": 3,
+        "dynamic_conpet_cls_memory": 8,
+    },
     "dynamic_conpet": {"dynamic_conpet_batch_limit": 3, "dynamic_conpet_memory": 8},
 }
 # Methods whose first task has more to learn than the task, or is kept in another form than it is trained in.
 MORE_THAN_THE_TASK = (
-    "abscl", "cl_moe", "l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt", "sdft", "seq_star",
+    "abscl", "cl_moe", "dynamic_conpet_cls", "l2kd", "lamol", "lamol_kd", "lfpt5", "pcll", "prog_prompt", "sdft",
+    "seq_star",
 )  # fmt: skip
 # Methods that train on what an untouched base model generates, which the tiny one cannot do.
 NEED_A_TALKING_BASE = ("ssr", "pseudo_replay")
@@ -105,10 +111,12 @@ def stage_argv(method: str, task: str, output_dir: Path, previous: Path | None =
 def train_stage(method: str, task: str, output_dir: Path, previous: Path | None = None, **changes: Any) -> Any:
     """Train one stage here; returns the finished `CLSft`."""
     os.environ.setdefault("LOG_LEVEL", "ERROR")
+    from swift_cl.models import register_models
     from swift_cl.training.sft import CLSft
     from swift_cl.tuners import register_tuners
 
     register_tuners()
+    register_models()
     sft = CLSft(stage_argv(method, task, output_dir, previous, **changes))
     sft.main()
     return sft

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from swift_cl.errors import UserError
-from swift_cl.training.arguments import check_tuner_support
 from swift_cl.training.flags import check_method_flags
 from swift_cl.tuners.adalora import AdaLoRA
 from swift_cl.tuners.adalora.allocation import Allocation, load_importance, set_schedule
+from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.tiny_lora import language_model
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -28,18 +28,34 @@ def config(**settings: Any) -> AdaLoraConfig:
     return AdaLoraConfig(**{**values, **settings})
 
 
-def trained(steps: int = 6) -> Any:
+class FakeSession:
+    """Gives watchers whole gradients and weights, as `swift_cl.training.session.Session` does."""
+
+    def __init__(self) -> None:
+        self.watchers: list[Any] = []
+
+    def step(self, model: Any, optimizer: Any, number: int) -> None:
+        ctx = FakeContext(model)
+        ctx.step = number
+        for watcher in self.watchers:
+            watcher.gradients(ctx, FakeGradients({name: p.grad for name, p in ctx.parameters.items()}))
+        optimizer.step()
+        for watcher in self.watchers:
+            watcher.after_step(ctx)
+
+
+def trained(steps: int = 6, session: FakeSession | None = None) -> Any:
     """The small model after a stage of that many steps."""
     torch.manual_seed(0)
     model = get_peft_model(language_model(), config())
     model.peft_config["default"].cl_shares = (0.1, 0.3)
-    callback = Allocation(None, None)
+    callback = Allocation(None, SimpleNamespace(cl_session=session))
     args, state = SimpleNamespace(resume_from_checkpoint=None), SimpleNamespace(max_steps=steps, global_step=0)
     callback.on_train_begin(args, state, None, model=model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
         model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
+        session.step(model, optimizer, step) if session else optimizer.step()
         state.global_step = step
         callback.on_optimizer_step(args, state, None, model=model)
         optimizer.zero_grad()
@@ -139,10 +155,13 @@ def test_too_few_steps_are_refused() -> None:
         trained(steps=2)
 
 
-def test_deepspeed_is_refused() -> None:
-    args = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 2}})
-    with pytest.raises(UserError, match="ZeRO stage 2 does not work with --tuner_type adalora, allowed: none"):
-        check_tuner_support(args, AdaLoRA)
+def test_in_a_stage_the_same_triplets_are_taken() -> None:
+    """Through whole copies, as a stage gives them under every engine, or from the model itself."""
+    plain, staged = trained(), trained(session=FakeSession())
+    patterns = [model.peft_config["default"].rank_pattern for model in (plain, staged)]
+    assert patterns[0] == patterns[1]
+    assert kept(staged) == 2 * MATRICES
+    assert torch.equal(logits(plain), logits(staged))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.workflow import launch as launch_module
 from tests.conftest import ROOT
 
-COMMANDS = ["run", "eval", "report", "metrics", "compare", "probe", "ls", "resolve-adapter", "doctor"]
+COMMANDS = ["run", "eval", "report", "metrics", "compare", "probe", "ls", "resolve-adapter", "plain-lora", "doctor"]
 SWIFT_COMMANDS = ["sft", "pt", "rlhf", "infer", "deploy", "export", "merge-lora", "rollout", "sample", "app", "web-ui"]
 HEAVY = ("torch", "transformers", "peft", "datasets", "swift", "sklearn", "scipy", "matplotlib", "pandas")
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from swift_cl import distributed
 from swift_cl.distributed import GradientView, PlainEngine, make_engine
+from swift_cl.errors import RunFailure
 
 
 def trainer(scale: float | None = None, sync: bool = True, skipped: bool = False) -> Any:
     """What the engine asks of a Trainer."""
     scaler = None if scale is None else SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
     accelerator = SimpleNamespace(scaler=scaler, sync_gradients=sync, optimizer_step_was_skipped=skipped)
-    return SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False)
+    return SimpleNamespace(accelerator=accelerator, is_deepspeed_enabled=False, args=SimpleNamespace(fsdp=False))
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -111,9 +112,17 @@ def test_a_partitioned_parameter_is_cut_by_its_real_shape() -> None:
     empty, whole = nn.Parameter(torch.zeros(0)), nn.Parameter(torch.zeros(2))
     empty.ds_shape = torch.Size([2, 2])  # type: ignore[attr-defined]
     written: list[tuple[int, torch.Tensor]] = []
-    view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)))
+    view = GradientView({"e": empty, "w": whole}, lambda p: p, lambda p, value: written.append((id(p), value)), None)
     view.set_flat(torch.arange(6.0))
     assert [(i, value.tolist()) for i, value in written] == [(id(empty), [[0, 1], [2, 3]]), (id(whole), [4, 5])]
+
+
+def test_fsdp_that_is_none_is_no_ddp() -> None:
+    """accelerate has trained CPU processes by DDP where FSDP2 was asked for, without a word."""
+    unsharded = trainer()
+    unsharded.args.fsdp, unsharded.accelerator.distributed_type = True, "MULTI_CPU"
+    with pytest.raises(RunFailure, match="--fsdp: accelerate does not shard the model"):
+        make_engine(unsharded, {})
 
 
 def test_one_process() -> None:
@@ -122,3 +131,17 @@ def test_one_process() -> None:
     tensor = torch.ones(2)
     assert distributed.all_reduce_sum(tensor) is tensor
     distributed.barrier()
+
+
+def test_a_weight_with_two_names_is_one_tensor_of_the_state() -> None:
+    """What accelerate gives for DeepSpeed are copies, and a file would hold both."""
+    module = nn.Module()
+    module.embed, module.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    module.head.weight = module.embed.weight
+    asked = trainer()
+    asked.accelerator.unwrap_model = lambda wrapped: wrapped
+    asked.accelerator.get_state_dict = lambda wrapped: {n: t.clone() for n, t in wrapped.state_dict().items()}
+    asked.model_wrapped = module
+    state = distributed.full_state_dict(asked)
+    assert list(state) == ["embed.weight", "head.weight"]
+    assert state["embed.weight"] is state["head.weight"]

@@ -72,12 +72,37 @@ def test_exit_code_of_a_worker_that_reports_nothing(cli_main: Fake) -> None:
 
 
 def test_every_rank_may_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file holds one whole report, the last one, whatever the others wrote."""
+    """The file holds one whole report, the first one: the others fail because one did."""
     path = tmp_path / "error.json"
     monkeypatch.setenv(ERROR_FILE, str(path))
-    report_error(UserError("x" * 1000), 2)
-    report_error(UserError("新闻"), 2)
-    assert json.loads(path.read_text(encoding="utf-8")) == {"code": 2, "message": "新闻"}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    report_error(RunFailure("新闻"), 1)
+    monkeypatch.setenv("RANK", "0")
+    report_error(RuntimeError("Connection closed by peer"), 1)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"code": 1, "message": "rank 1 of 2: 新闻"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_unforeseen_error_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    report_error(ValueError("first\nsecond"), 1)
+    assert json.loads(path.read_text())["message"] == "ValueError: first; the traceback is above"
+
+
+def test_a_rank_that_was_killed_is_told_by_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv(ERROR_FILE, str(path))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    report_error(
+        RuntimeError("[/gloo/tcp/pair.cc:537] Read error [127.0.0.1]:39818: Connection reset by peer. Ask!"), 1
+    )
+    assert json.loads(path.read_text())["message"].startswith(
+        "rank 0 of 2: lost the connection to another rank, which "
+    )
 
 
 def test_worker_without_a_parent_says_it_itself(

@@ -291,6 +291,17 @@ class TestPrepare:
         assert "--overwrite" in message
         assert tree(folder / "runs") == before
 
+    @pytest.mark.parametrize(
+        "settings", [{"gradient_accumulation_steps": 2}, {"deepspeed": "zero2"}, {"fsdp": "fsdp2"}]
+    )
+    def test_spread_over_other_processes_it_continues(self, folder: Path, settings: dict[str, Any]) -> None:
+        finish(prepared(folder)[0])
+        (plan,) = prepared(folder, *(f"train.{flag}={value}" for flag, value in settings.items()))
+        assert list(Path(plan.run_dir).glob("stage_*"))
+        (flag, value) = next(iter(settings.items()))
+        argv = read_json(folder / "runs" / "seq" / "plan.json")["stages"][1]["argv"]
+        assert argv[argv.index(f"--{flag}") + 1] == str(value)
+
     def test_other_settings_before_anything_was_trained(self, folder: Path) -> None:
         """A wrong setting that training refused can be corrected without --overwrite."""
         prepared(folder)

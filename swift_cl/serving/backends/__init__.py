@@ -1,6 +1,6 @@
 """One file a backend: `ENGINES` names the distributions that can generate for it, `check(...)` refuses what it cannot
 serve, `arguments(...)` gives its flags. `CONSTRAINS` says that its server holds answers to given labels, `CLASSIFIES`
-that it serves models with a classifier head (default: no).
+that it serves models with a classifier head, `OUR_MODELS` those of `swift_cl.models` (default: no).
 
 A server runs ms-swift's deploy pipeline in one process, started by file path, so that an interpreter without swift_cl
 (`--server_python`) can run it too.
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 from swift_cl.errors import UserError, did_you_mean
+from swift_cl.models import NAMES as MODELS
 from swift_cl.serving.adapters import Deployment
 
 WORKERS = Path(__file__).resolve().parents[1] / "worker"
@@ -135,6 +136,9 @@ def command(
     _check_swift(packages, options.python)
     if deployment.model_args.get("task_type") == "seq_cls" and not getattr(backend, "CLASSIFIES", False):
         raise UserError(f"--infer_backend {options.backend} does not serve classifier heads here; use pt")
+    model_type = deployment.model_args.get("model_type")
+    if model_type in MODELS and not getattr(backend, "OUR_MODELS", False):
+        raise UserError(f"--infer_backend {options.backend} does not serve models of type {model_type}; use pt")
     backend.check(deployment, packages, options)
     script = ROUTED if route_run is not None else OFFLINE if is_offline(options.backend) else SERVER
     argv = [options.python, str(script), "--model", deployment.model, "--served_model_name"]

@@ -1,7 +1,8 @@
 """A classifier behind the API: it answers with the name of a class, among those that it has learned or that a request
 names. Imported by file path, so it knows nothing of swift_cl.
 
-The names stand beside the weights, in classes.json: `{"labels": [name of class 0, ...], "visible": [class, ...]}`.
+The names stand beside the weights, in classes.json: `{"labels": [name of class 0, ...], "visible": [class, ...]}`, and
+for one expert of several `"elsewhere"`, the logit of all classes that are not visible.
 """
 
 import json
@@ -19,11 +20,13 @@ class Classes:
     Args:
         labels: their names, by number.
         visible: the numbers of those that it answers with where a request names none.
+        elsewhere: logit of the others where a request names them; None for the model's own.
     """
 
-    def __init__(self, labels: Sequence[str], visible: Sequence[int]) -> None:
+    def __init__(self, labels: Sequence[str], visible: Sequence[int], elsewhere: "float | None" = None) -> None:
         self.labels = list(labels)
         self._visible = list(visible)
+        self._elsewhere = elsewhere
 
     def allowed(self, names: Sequence[str]) -> "list[int]":
         """The numbers of the classes that an answer can be.
@@ -43,10 +46,16 @@ class Classes:
 
         numbers = self.allowed(names)
 
+        def outside(logits: Any, kept: "Sequence[int]") -> Any:
+            others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            others[list(kept)] = False
+            return others
+
         def hold(module: Any, args: Any, output: Any) -> Any:
-            others = torch.ones(output.logits.shape[-1], dtype=torch.bool, device=output.logits.device)
-            others[numbers] = False
-            output.logits = output.logits.float().masked_fill(others, torch.finfo(torch.float32).min)
+            logits = output.logits.float()
+            if self._elsewhere is not None:
+                logits = logits.masked_fill(outside(logits, self._visible), self._elsewhere)
+            output.logits = logits.masked_fill(outside(logits, numbers), torch.finfo(torch.float32).min)
             return output
 
         handle = model.register_forward_hook(hold)
@@ -73,6 +82,6 @@ def classes_of(adapters: "Mapping[str, str]") -> "dict[str | None, Classes]":
         file = Path(folder) / FILE
         if file.is_file():
             value = json.loads(file.read_text(encoding="utf-8"))
-            found[name] = Classes(value["labels"], value["visible"])
+            found[name] = Classes(value["labels"], value["visible"], value.get("elsewhere"))
             found.setdefault(None, Classes(value["labels"], range(len(value["labels"]))))
     return found

@@ -1,8 +1,8 @@
 """The server process: ms-swift's deploy pipeline with adapters that can be batched.
 
-Run by file path in any environment that has ms-swift 4.6, so it imports nothing of swift_cl, except the tuners whose
-adapters PEFT does not know, with SWIFT_CL_TUNERS set. Flags: those of `swift deploy`. Differences (the last two are the
-transformers backend's):
+Run by file path in any environment that has ms-swift 4.6, so it imports nothing of swift_cl, except, with
+SWIFT_CL_PLUGINS set, the tuners that PEFT and the models that ms-swift does not know. Flags: those of `swift deploy`.
+Differences (the last two are the transformers backend's):
 
 - A request may say which texts an answer can be, see `choices.py`; a classifier answers with names, see `classes.py`.
 - It ends when the process that started it is gone, even by SIGKILL, and takes its children with it.
@@ -116,10 +116,12 @@ class AdapterDeploy(SwiftDeploy):
     engine_class = AdapterEngine
 
     def __init__(self, args: Any = None) -> None:
-        if os.environ.get("SWIFT_CL_TUNERS"):
+        if os.environ.get("SWIFT_CL_PLUGINS"):
+            from swift_cl.models import register_models
             from swift_cl.tuners import register_tuners
 
             register_tuners()
+            register_models()
         super().__init__(args)
         if self.args.infer_backend == "transformers":
             mapping = self.args.adapter_mapping

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, Tuner, TunerSettings, TunerSupport, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, LoraPair, Tuner, TunerSettings, TunerSupport, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,8 @@ INIT_R, TARGET_R = 12, 8
 class AdaLoRASettings(TunerSettings):
     """Flags of `adalora`; ranks, betas, interval and regularisation are ms-swift's `--adalora_*`."""
 
-    warmup_share: float = setting(0.1, "Share of a stage's steps before the first triplet is taken away, from 0.")
-    final_share: float = setting(0.3, "Share of a stage's steps, at its end, with the final triplets; above 0.")
+    warmup_share: float = setting(0.1, "Share of a stage's steps before the first triplet is taken away, in [0, 1).")
+    final_share: float = setting(0.3, "Share of a stage's steps, at its end, with the final triplets, in (0, 1).")
 
     def validate(self) -> None:
         if not 0 <= self.warmup_share < 1:
@@ -43,7 +43,11 @@ class AdaLoRA(Tuner):
         "adalora_init_r", "adalora_target_r", "adalora_beta1", "adalora_beta2", "adalora_deltaT",
         "adalora_orth_reg_weight", "adalora_tinit", "adalora_tfinal",
     )  # fmt: skip
-    support: ClassVar[TunerSupport] = TunerSupport(deepspeed=())
+    # The penalty uses A and B beside the layers: a reentrant checkpoint would give them their gradients in two parts,
+    # and DeepSpeed takes the first for all.
+    defaults: ClassVar[Mapping[str, str]] = {"gradient_checkpointing_kwargs": '{"use_reentrant": false}'}
+    # PEFT's orthogonality loss reads the matrices outside of their layers, where FSDP2 has them in parts.
+    support: ClassVar[TunerSupport] = TunerSupport(fsdp=False)
     fixed: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "lora_alpha",
         "adalora_init_r": "init_r",
@@ -103,7 +107,11 @@ class AdaLoRA(Tuner):
 
     @classmethod
     def configure(cls, config: Any, model: Any) -> None:
+        from swift_cl.distributed import gather_together
+
         model.peft_config[TRAINED].cl_shares = (config.warmup_share, config.final_share)
+        # A layer reads its matrices itself, not through modules of their own that an engine could gather them for.
+        gather_together(model, {type(module) for module in model.modules() if hasattr(module, "lora_E")})
 
     @classmethod
     def save(cls, model: Any, folder: Path, state: "Mapping[str, Tensor] | None") -> None:
@@ -112,6 +120,25 @@ class AdaLoRA(Tuner):
         save_importance(model, folder)
         with whole(model):
             super().save(model, folder, state)
+
+    @classmethod
+    def as_lora(cls, tensors: "Mapping[str, Tensor]", config: Mapping[str, Any]) -> "dict[str, LoraPair]":
+        """A' = E o A without the triplets that are off, scaled as PEFT scales: by alpha / (init_r + 1e-5)."""
+        pairs = {}
+        for name, e in tensors.items():
+            layer, is_e, _ = name.partition(".lora_E")
+            if not is_e:
+                continue
+            a, b = tensors[f"{layer}.lora_A"], tensors[f"{layer}.lora_B"]
+            if len(a) != config["init_r"]:
+                raise UserError(
+                    f"{layer} has {len(a)} triplets, not init_r ({config['init_r']}): not a file of swift_cl"
+                )
+            kept = e[:, 0] != 0
+            alpha = config["lora_alpha"] if config["lora_alpha"] > 0 else config["init_r"]
+            scale = alpha / (config["init_r"] + 1e-5)
+            pairs[layer] = LoraPair((a.float() * e.float())[kept], b.float()[:, kept], scale)
+        return pairs
 
     @classmethod
     def live_tensors(cls, model: Any) -> "dict[str, Tensor]":

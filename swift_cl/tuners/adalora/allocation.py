@@ -8,6 +8,7 @@ away with E = 0: the same function, and the next task begins with the whole budg
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save
 from swift.callbacks import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from swift_cl.distributed import write_trained
 from swift_cl.errors import UserError
 from swift_cl.io import atomic_write
 from swift_cl.tuners.base import TRAINED
@@ -45,8 +47,32 @@ def set_schedule(config: Any, steps: int) -> None:
     config.rank_pattern = None
 
 
+class Copies:
+    """Whole copies of trained tensors with their gradients, in place of a model whose own may be spread over ranks.
+
+    Args:
+        named: a copy by name; its `.grad` is set.
+    """
+
+    def __init__(self, named: dict[str, torch.nn.Parameter]) -> None:
+        self._named = named
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As of a module."""
+        yield from self._named.items()
+
+
 class Allocation(TrainerCallback):
-    """Updates importances and takes triplets away after every optimizer step, on every rank alike."""
+    """Updates importances and takes triplets away after every optimizer step, on every rank alike.
+
+    In a stage it sees gradients and weights as a method does, whole and under every engine, before clipping; in a plain
+    `swift sft` those of the model.
+    """
+
+    def __init__(self, args: Any, trainer: Any) -> None:
+        super().__init__(args, trainer)
+        self._session = getattr(trainer, "cl_session", None)
+        self._gradients: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         inner = base_of(kwargs["model"])
@@ -56,12 +82,41 @@ class Allocation(TrainerCallback):
             )
         set_schedule(inner.peft_config[TRAINED], state.max_steps)
         inner.rankallocator.reset_ipt()
+        if self._session is not None:
+            self._session.watchers.append(self)
         if args.resume_from_checkpoint:
             load_importance(inner, Path(args.resume_from_checkpoint))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The gradients of the step, reduced and clipped, are still there; PEFT counts steps from 1.
-        base_of(kwargs["model"]).update_and_allocate(state.global_step + 1)
+        if self._session is None:
+            # The gradients of the step are still there; PEFT counts steps from 1.
+            base_of(kwargs["model"]).update_and_allocate(state.global_step + 1)
+
+    def gradients(self, ctx: Any, grads: Any) -> None:
+        """Keep the gradients of a step until it was made."""
+        self._gradients = {name: grads[name].clone() for name in grads.names}
+
+    def after_step(self, ctx: Any) -> None:
+        """Let PEFT decide on whole copies, and write down which triplets it took away."""
+        inner, weights = base_of(ctx.model), ctx.weights()
+        names = {parameter: name for name, parameter in ctx.parameters.items()}
+        copies: dict[str, torch.nn.Parameter] = {}
+        for name, live in inner.model.named_parameters():
+            if live in names:
+                copies[name] = torch.nn.Parameter(weights[names[live]].clone())
+                copies[name].grad = self._gradients[names[live]]
+        stand_in = SimpleNamespace(
+            peft_config=inner.peft_config,
+            trainable_adapter_name=inner.trainable_adapter_name,
+            rankallocator=inner.rankallocator,
+            model=Copies(copies),
+        )
+        type(inner).update_and_allocate(stand_in, ctx.step + 1)
+        for name, live in inner.model.named_parameters():
+            if live in names and "lora_E" in name:
+                value = copies[name].detach()
+                if not torch.equal(value, weights[names[live]]):
+                    write_trained(live, value)
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import PLAIN_LORA_ONLY, Tuner, TunerSettings, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, LoraPair, Tuner, TunerSettings, refuse
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 logger = logging.getLogger("swift_cl")
 PEFT_TYPE = "MOELORA"
@@ -19,7 +22,7 @@ DEFAULT_RANK = 8
 class MoELoRASettings(TunerSettings):
     """Flags of `moelora`; rank, alpha, dropout and targets are ms-swift's `--lora_*` and `--target_modules`."""
 
-    num_experts: int = setting(8, "Number of experts; it divides --lora_rank, which all of them share.")
+    num_experts: int = setting(8, "Number of experts, >= 1; it divides --lora_rank, which all of them share.")
     scaling: str = setting(
         "total",
         "Factor of the adapter's output: alpha / rank ('total'), or alpha / (rank of one expert) ('expert').",
@@ -97,3 +100,28 @@ class MoELoRA(Tuner):
                 router_init=config.router_init,
             ),
         )
+
+    @classmethod
+    def as_lora(cls, tensors: "Mapping[str, Tensor]", config: Mapping[str, Any]) -> "dict[str, LoraPair]":
+        """B' = B with the columns of each expert times its share, where the shares are the same for every input."""
+        import torch
+
+        rank, experts = config["r"], config["num_experts"]
+        scale = config["lora_alpha"] / (rank if config["scaling"] == "total" else rank // experts)
+        pairs = {}
+        for name, a in tensors.items():
+            layer, is_a, _ = name.partition(".moelora_A.")
+            if not is_a:
+                continue
+            beta = 1.0 if config.get("beta") is None else config["beta"]
+            if experts > 1 and beta > 0 and bool(tensors[f"{layer}.moelora_router.weight"].any()):
+                raise UserError(
+                    f"the router of {layer.removeprefix('base_model.model.')} chooses by the input, so no plain LoRA "
+                    "computes the same: allowed are one expert, routers of zeros, and cl_moe with --cl_moe_beta 0"
+                )
+            gate = torch.full((experts,), beta / experts)
+            if beta < 1:
+                gate = gate + (1 - beta) * tensors[f"{layer}.moelora_task.weight"].float().softmax(dim=-1)
+            shares = gate.repeat_interleave(rank // experts)
+            pairs[layer] = LoraPair(a.float(), tensors[f"{layer}.moelora_B.weight"].float() * shares, scale)
+        return pairs

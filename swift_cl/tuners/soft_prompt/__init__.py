@@ -34,7 +34,7 @@ class PromptStart(Settings):
 class PromptShape(Settings):
     """What a prompt is made of."""
 
-    length: int = setting(10, "Number of embeddings in front of the input.")
+    length: int = setting(10, "Number of embeddings in front of the input, >= 1.")
     mlp: str = setting(
         "mlp1",
         "What the model reads: the embeddings P themselves ('none') or P + f(P), f an MLP with one hidden layer "
@@ -78,6 +78,7 @@ class SoftPrompt(Tuner):
     config_class: ClassVar[type[TunerSettings]] = SoftPromptSettings
     peft_type: ClassVar[str] = PEFT_TYPE
     own_type: ClassVar[bool] = True
+    has_buffers: ClassVar[bool] = True
     support: ClassVar[TunerSupport] = TunerSupport(packing=False, sequence_parallel=False, multimodal=False)
     fixed: ClassVar[Mapping[str, str]] = {
         f"soft_prompt_{name}": name for name in ("length", "mlp", "bottleneck", "layer_norm")
