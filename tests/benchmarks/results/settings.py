@@ -20,8 +20,8 @@ class TunerSettings:
 
 LORA = {"lora_rank": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 TUNERS = {
-    "lora": TunerSettings((1e-3, 3e-3), LORA),
-    "moelora": TunerSettings((1e-3, 3e-3), LORA),
+    "lora": TunerSettings((2e-3, 5e-3), LORA),
+    "moelora": TunerSettings((2e-3, 5e-3), LORA),
     "soft_prompt": TunerSettings((1e-2, 1e-1)),
 }
 TUNER_OF = {"moe_lora": "moelora", "cl_moe": "moelora", "prog_prompt": "soft_prompt", "lfpt5": "soft_prompt"}
