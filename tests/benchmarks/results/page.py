@@ -16,12 +16,12 @@ CLAIMS = {"single": "new_acc"}
 
 HEAD = """# Results
 
-Every method on small forms of five benchmarks, trained and asked on two CPU cores by
+Methods on small forms of five benchmarks, as far as measured yet, trained and asked on two CPU cores by
 `tests/benchmarks/results_table.py`. Small models, few rows: what is compared are directions, not the papers' numbers.
 
 - **Learning rate**: for every method and benchmark the best of its tuner's grid ({grids}), by Avg.ACC on
-  development rows after the first two tasks (seed 0; the protocol of Chaudhry et al. 2019). The baselines are tuned
-  like the methods.
+  development rows after the first two tasks (seed 0; the protocol of Chaudhry et al. 2019; of the news none are held
+  back, there the training rows are asked). The baselines are tuned like the methods.
 - **Then three seeds** (1, 2, 3) over the whole order, asked the test rows. Mean and, in brackets, the 95 % bootstrap
   interval, which is the range of three runs.
 - **Rehearsal** is {share:.0%} of a task's rows for every method that rehearses; other settings that the defaults do not
@@ -70,8 +70,8 @@ def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         f"## {part.title}",
         "",
-        f"Base model `{part.model}`; {part.rows} training and {part.test_rows} test rows a task, {part.epochs} epochs, "
-        f"batch {part.batch}; scorer `{part.scorer}`.",
+        f"Base model `{part.model}`; {part.rows} training and at most {part.test_rows} test rows a task, "
+        f"{part.epochs} epochs, batch {part.batch}; scorer `{part.scorer}`.",
         "",
         "| method | lr | Avg.ACC | Forgetting | New.ACC | time | memory | claim |",
         "| --- " * 8 + "|",
