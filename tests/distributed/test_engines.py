@@ -1,6 +1,9 @@
 """Two processes under every engine compute what one process computes: weights of the second task in fp32, of every
 method, and of every tuner with `seq`.
 
+The two take their batch in two micro-batches of a row each and recompute activations (ms-swift's default, or FSDP2's
+own way); the one takes its four rows at once and recomputes nothing.
+
 The whole matrix takes about an hour on two cores: `sh tests/run.sh --distributed` (`-k zero3` for an engine, `-k
 "zero3 and sdft"` for a cell). Otherwise two cells run, others for every commit.
 """
@@ -138,10 +141,11 @@ class Runs:
         while wanted:
             try:
                 if engine == "alone":
-                    run_chain(folder, wanted, processes=1, batch=4)
+                    run_chain(folder, wanted, 1, 4, {"gradient_checkpointing": False})
                 else:
                     folder.mkdir(exist_ok=True)
-                    run_chain(folder, wanted, 2, 2, engine_settings(engine, folder), {"DS_ACCELERATOR": "cpu"})
+                    settings = {**engine_settings(engine, folder), "gradient_accumulation_steps": 2}
+                    run_chain(folder, wanted, 2, 1, settings, {"DS_ACCELERATOR": "cpu"})
                 return
             except AssertionError as failure:
                 left = [cell for cell in wanted if not (cell.run_dir(folder) / STAGES[1] / "stage.json").is_file()]
