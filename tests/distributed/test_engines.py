@@ -160,6 +160,15 @@ def test_two_processes_equal_one(runs: Runs, engine: str, cell: Cell) -> None:
     assert_equal_up_to_rounding(one / STAGES[0], one / STAGES[1], two / STAGES[1])
     for stage in STAGES:
         assert_same_state(one / stage / STATE_DIR, two / stage / STATE_DIR, cell.method)
+    assert_same_log(one / STAGES[1], two / STAGES[1], (cell.method, cell.tuner or cell.method))
+
+
+def assert_same_log(one: Path, two: Path, names: tuple[str, str]) -> None:
+    """What the method and the tuner log of each step, as EWC's penalty, agrees to a percent."""
+    logs = [list(map(json.loads, (stage / "logging.jsonl").read_text().splitlines())) for stage in (one, two)]
+    for step, theirs in zip(*logs, strict=True):
+        own = {key: value for key, value in step.items() if key.startswith(names)}
+        assert own == pytest.approx({key: theirs[key] for key in own}, rel=0.01, abs=1e-3)
 
 
 def assert_same_state(one: Path, two: Path, method: str) -> None:
