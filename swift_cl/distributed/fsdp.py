@@ -117,15 +117,18 @@ class FsdpEngine(PlainEngine):
         return {name: full_tensor(parameter.detach()).float() for name, parameter in self._parameters.items()}
 
 
-def start_fsdp(args: Any, has_buffers: bool) -> None:
+def start_fsdp(args: Any, has_buffers: bool, recomputes: bool) -> None:
     """Settle what ms-swift and accelerate leave open before the model is loaded.
 
     Args:
         has_buffers: whether the tuner's weights have buffers among them.
+        recomputes: whether layers may be run again in the backward; FSDP2 does that by a setting of its own.
     """
     training = args.training_args
     if not args.fsdp:
         return
+    if not recomputes:
+        training.fsdp_plugin_args["activation_checkpointing"] = False
     if has_buffers:
         from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 

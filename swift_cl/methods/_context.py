@@ -207,8 +207,12 @@ class TaskContext(Protocol):
             UserError: it is missing or damaged, with the file named.
         """
 
-    def log(self, name: str, value: "Tensor | float") -> None:
-        """Show a value under `train/<name>`: averaged between logging steps, no device synchronisation here."""
+    def log(self, name: str, value: "Tensor | float", weight: int = 1) -> None:
+        """Show a value under `train/<name>`: averaged over ranks, micro-batches and steps between logging steps.
+
+        Args:
+            weight: in that average, for a mean over tokens their number: micro-batches and ranks have unlike ones.
+        """
 
     def record(self, name: str, value: Any) -> None:
         """Write a JSON value to `<stage>/cl_state/<method>.<name>.json` (rank 0): what was done, for people to read."""

@@ -219,8 +219,9 @@ class ILora(Method):
         for ours, theirs in zip(fast, slow, strict=True):
             theirs = theirs[chosen] if whole else theirs
             total = total + self.distance(ours[chosen], theirs, tokens)
+        count = int(tokens.sum())
+        ctx.log("i_lora_mse", total.detach() / len(fast) / max(1, count), count)
         # Rule R1 for another token set than the labels: its own count, over micro-batches and ranks.
-        ctx.log("i_lora_mse", total.detach() / len(fast) / tokens.sum().clamp(min=1))
         return self.config.gamma * ctx.window_mean(total / len(fast), self._window_count)
 
     def distance(self, fast: "Tensor", slow: "Tensor", tokens: "Tensor") -> "Tensor":

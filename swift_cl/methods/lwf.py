@@ -141,7 +141,7 @@ class Lwf(Method):
         if not self._has_teacher:
             return None
         total, count = self._divergence(ctx, inputs, outputs)
-        ctx.log("lwf_kl", total.detach() / count.clamp(min=1))
+        ctx.log("lwf_kl", total.detach() / count.clamp(min=1), int(count))
         if self.config.tokens == "all":
             assert self._window_count is not None
             term = ctx.window_mean(total, self._window_count)

@@ -230,7 +230,7 @@ class Sdft(Method):
         mask = torch.ones(len(student), dtype=torch.bool, device=student.device)
         reverse = self.config.divergence == "reverse"
         total = divergence_sum(student, teacher, mask, 1.0, 0, CHUNK, reverse)
-        ctx.log("sdft_kl", total.detach() / max(1, len(student)))
+        ctx.log("sdft_kl", total.detach() / max(1, len(student)), len(student))
         return ctx.window_mean(total, self._window_count)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------

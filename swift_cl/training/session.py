@@ -55,7 +55,8 @@ class Session(EngineAccess):
         self.phase = ""
         self.phases: Mapping[str, Path] = {}
         self.watchers: list[Any] = []
-        """What of a tuner has hooks `gradients` and `after_step` too, called after the method's."""
+        """What of a tuner has hooks too: `before_method`, which sees gradients first and may add to them, and
+        `gradients` and `after_step`, called after the method's."""
         self.open_engine: Callable[[Path | None, str], AbstractContextManager[Engine]] | None = None
 
     # --- what a method sees ------------------------------------------------------------------------------------------
@@ -176,9 +177,9 @@ class Session(EngineAccess):
     def previous_state(self) -> MethodState:
         return load_method_state(self.earlier[-1].state_dir, self.method.name)
 
-    def log(self, name: str, value: Tensor | float) -> None:
+    def log(self, name: str, value: Tensor | float, weight: int = 1) -> None:
         tensor = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
-        self.trainer.custom_metrics["train"][name].update(tensor.to(self.device))
+        self.trainer.custom_metrics["train"][name].update(tensor.to(self.device).expand(weight))
 
     def record(self, name: str, value: Any) -> None:
         if self.rank == 0:
@@ -238,6 +239,8 @@ class Session(EngineAccess):
                 raise UserError(f"{folder}: the checkpoint has no state of method '{self.method.name}'")
 
     def _on_gradients(self, grads: distributed.GradientView) -> None:
+        for watcher in self.watchers:
+            watcher.before_method(self, grads)
         self.method.gradients(self, grads)
         for watcher in self.watchers:
             watcher.gradients(self, grads)

@@ -72,7 +72,12 @@ class CLSft(SwiftSft):
         layout = portable.layout_of(args, distributed.launched_processes())
         resumed = portable.load(args.resume_from_checkpoint, layout, args)
         distributed.start_deepspeed(args)
-        distributed.start_fsdp(args, has_buffers=self._tuner is not None and self._tuner.has_buffers)
+        tuner = self._tuner
+        distributed.start_fsdp(
+            args,
+            has_buffers=tuner is not None and tuner.has_buffers,
+            recomputes=tuner is None or "gradient_checkpointing" not in tuner.required,
+        )
         super().__init__(args)
         self.session = Session(self._method, args.cl_task, Path(args.output_dir), self._previous, args.seed)
         self.session.system = args.system

@@ -1,13 +1,12 @@
 """prefix_tuning: trained keys and values in front of those of every layer."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from swift_cl.settings import setting
 from swift_cl.tuners._prompts import PromptTuner, check_length
-from swift_cl.tuners.base import TunerSettings, TunerSupport
+from swift_cl.tuners.base import TunerSettings
 
 
 @dataclass
@@ -33,14 +32,12 @@ class PrefixTuning(PromptTuner):
     prefix: ClassVar[str] = "prefix_tuning"
     config_class: ClassVar[type[TunerSettings]] = PrefixTuningSettings
     peft_type: ClassVar[str] = "PREFIX_TUNING"
-    # FSDP2's preset checkpoints layers too (see `required`).
-    support: ClassVar[TunerSupport] = dataclasses.replace(PromptTuner.support, fsdp=False)
     fixed: ClassVar[Mapping[str, str]] = {
         "prefix_tuning_num_virtual_tokens": "num_virtual_tokens",
         "prefix_tuning_projection": "prefix_projection",
         "prefix_tuning_hidden_size": "encoder_hidden_size",
     }
-    # A prefix is a filled cache, and a checkpointed layer would be given it twice.
+    # A prefix is a filled cache, and a checkpointed layer would be given it twice. (FSDP2's own is turned off with it.)
     required: ClassVar[Mapping[str, str]] = {"gradient_checkpointing": "false"}
     defaults: ClassVar[Mapping[str, str]] = {"learning_rate": "5e-3"}
 

@@ -1,6 +1,6 @@
 """What every method sends between processes in an optimizer step, against plain fine-tuning: measured, two processes.
 
-    python tests/benchmarks/communication.py [--methods ewc gem] [--deepspeed zero2] [--json FILE]
+    python tests/benchmarks/communication.py [--methods ewc gem] [--deepspeed zero2] [--gem_mode agem] [--json FILE]
 
 A second task of 8 rows with the tiny model, LoRA rank 4, fp32, on the CPU, settings of tests/support/train.py. Counted
 are the bytes that one process gives to collectives (tests/support/communication.py). The gradient of the trained
@@ -38,12 +38,15 @@ def measure(methods: list[str], deepspeed: str | None) -> dict[str, tuple[int, i
 
 def main() -> int:
     from swift_cl.methods.registry import methods
+    from tests.support.train import METHOD_FLAGS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=list(methods()), default=list(methods()))
     parser.add_argument("--deepspeed", choices=("zero0", "zero1", "zero2"))
+    parser.add_argument("--gem_mode", choices=("gem", "agem"), default="gem")
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
+    METHOD_FLAGS["gem"]["gem_mode"] = args.gem_mode
     stage = int(args.deepspeed[-1]) if args.deepspeed else None
     asked = [name for name in args.methods if stage is None or stage in methods()[name].support.deepspeed]
     found = measure(asked, args.deepspeed)

@@ -155,7 +155,7 @@ class FakeContext:
         assert self.state is not None
         return self.state
 
-    def log(self, name: str, value: Tensor | float) -> None:
+    def log(self, name: str, value: Tensor | float, weight: int = 1) -> None:
         self.logged[name] = float(value)
 
     def record(self, name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from swift_cl.errors import UserError
 from swift_cl.training.flags import check_method_flags
 from swift_cl.tuners.adalora import AdaLoRA
-from swift_cl.tuners.adalora.allocation import Allocation, load_importance, set_schedule
+from swift_cl.tuners.adalora.allocation import Allocation, load_importance, orthogonality_penalty, set_schedule
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.tiny_lora import language_model
 
@@ -37,8 +37,12 @@ class FakeSession:
     def step(self, model: Any, optimizer: Any, number: int) -> None:
         ctx = FakeContext(model)
         ctx.step = number
+        grads = FakeGradients({name: p.grad for name, p in ctx.parameters.items()})
         for watcher in self.watchers:
-            watcher.gradients(ctx, FakeGradients({name: p.grad for name, p in ctx.parameters.items()}))
+            watcher.before_method(ctx, grads)
+            watcher.gradients(ctx, grads)
+        for name, parameter in ctx.parameters.items():
+            parameter.grad = grads[name]
         optimizer.step()
         for watcher in self.watchers:
             watcher.after_step(ctx)
@@ -161,7 +165,37 @@ def test_in_a_stage_the_same_triplets_are_taken() -> None:
     patterns = [model.peft_config["default"].rank_pattern for model in (plain, staged)]
     assert patterns[0] == patterns[1]
     assert kept(staged) == 2 * MATRICES
-    assert torch.equal(logits(plain), logits(staged))
+    assert torch.allclose(logits(plain), logits(staged), atol=1e-6)
+
+
+def test_penalty_by_hand() -> None:
+    """A A^T - I = [[4, 11], [11, 24]] of norm sqrt(834), B^T B = I: the mean of two, and (A A^T - I) A / norm."""
+    weights = {"l.lora_A.default": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "l.lora_B.default": torch.eye(2)}
+    penalty, pulls = orthogonality_penalty({**weights, "l.lora_E.default": torch.ones(2, 1)})
+    assert penalty.item() == pytest.approx(834**0.5 / 2)
+    expected = torch.tensor([[37.0, 52.0], [83.0, 118.0]]) / 834**0.5
+    assert torch.allclose(pulls["l.lora_A.default"], expected)
+    assert not pulls["l.lora_B.default"].any()
+    assert len(pulls) == 2
+
+
+def test_in_a_stage_the_loss_is_that_of_the_data_and_the_gradient_has_the_penalty() -> None:
+    """A loss that is computed anew from the logits loses what a forward adds to its own."""
+    torch.manual_seed(0)
+    model, session = get_peft_model(language_model(), config(orth_reg_weight=0.5)), FakeSession()
+    model.peft_config["default"].cl_shares = (0.1, 0.3)
+    with_penalty = model(input_ids=IDS, labels=IDS).loss.item()
+    callback = Allocation(None, SimpleNamespace(cl_session=session))
+    args, state = SimpleNamespace(resume_from_checkpoint=None), SimpleNamespace(max_steps=6, global_step=0)
+    callback.on_train_begin(args, state, None, model=model)
+    alone = model(input_ids=IDS, labels=IDS).loss.item()
+    ctx = FakeContext(model)
+    penalty, pulls = orthogonality_penalty(ctx.weights())
+    assert with_penalty == pytest.approx(alone + 0.5 * penalty.item(), rel=1e-5)
+    grads = FakeGradients({name: torch.zeros_like(p) for name, p in ctx.parameters.items()})
+    callback.before_method(ctx, grads)
+    assert all(torch.allclose(grads[name], 0.5 * pull) for name, pull in pulls.items())
+    assert any(bool(pull.any()) for pull in pulls.values())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.errors import UserError
 from swift_cl.settings import setting
-from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, LoraPair, Tuner, TunerSettings, TunerSupport, refuse
+from swift_cl.tuners.base import PLAIN_LORA_ONLY, TRAINED, LoraPair, Tuner, TunerSettings, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,11 +43,6 @@ class AdaLoRA(Tuner):
         "adalora_init_r", "adalora_target_r", "adalora_beta1", "adalora_beta2", "adalora_deltaT",
         "adalora_orth_reg_weight", "adalora_tinit", "adalora_tfinal",
     )  # fmt: skip
-    # The penalty uses A and B beside the layers: a reentrant checkpoint would give them their gradients in two parts,
-    # and DeepSpeed takes the first for all.
-    defaults: ClassVar[Mapping[str, str]] = {"gradient_checkpointing_kwargs": '{"use_reentrant": false}'}
-    # PEFT's orthogonality loss reads the matrices outside of their layers, where FSDP2 has them in parts.
-    support: ClassVar[TunerSupport] = TunerSupport(fsdp=False)
     fixed: ClassVar[Mapping[str, str]] = {
         "lora_alpha": "lora_alpha",
         "adalora_init_r": "init_r",

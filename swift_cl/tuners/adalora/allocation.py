@@ -5,13 +5,14 @@ state and its importances, and cannot be trained further. Here a file always hol
 away with E = 0: the same function, and the next task begins with the whole budget again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from peft import AdaLoraModel
 from safetensors.torch import load_file, save
 from swift.callbacks import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -62,11 +63,46 @@ class Copies:
         yield from self._named.items()
 
 
+class WithoutPenalty(AdaLoraModel):
+    """PEFT's model whose forward gives the loss as it is.
+
+    PEFT's own adds the orthogonality penalty there. It is lost where the loss is computed anew from the logits (a
+    method with a loss of its own, --loss_scale), and it reads the matrices outside of their layers, where engines have
+    them in parts.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def orthogonality_penalty(weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The mean of ||A A^T - I||_F and ||B^T B - I||_F over the matrices, and its gradient by name.
+
+    AdaLoRA (arXiv 2303.10512), equation 4, as PEFT has it: the norm where the paper squares it, and a mean.
+
+    Args:
+        weights: full A (triplets x inputs) and B (outputs x triplets) by name, and others, which are left out.
+    """
+    own = {
+        name: tensor.detach().clone().requires_grad_()
+        for name, tensor in weights.items()
+        if "lora_A" in name or "lora_B" in name
+    }
+    norms = []
+    for name, matrix in own.items():
+        products = matrix @ matrix.T if "lora_A" in name else matrix.T @ matrix
+        norms.append(torch.linalg.matrix_norm(products - torch.eye(len(products), device=products.device)))
+    with torch.enable_grad():
+        penalty = torch.stack(norms).mean()
+    return penalty.detach(), dict(zip(own, torch.autograd.grad(penalty, list(own.values())), strict=True))
+
+
 class Allocation(TrainerCallback):
     """Updates importances and takes triplets away after every optimizer step, on every rank alike.
 
-    In a stage it sees gradients and weights as a method does, whole and under every engine, before clipping; in a plain
-    `swift sft` those of the model.
+    In a stage it also adds the orthogonality penalty to the gradient, before the method sees that, and it sees
+    gradients and weights as a method does, whole and under every engine, before clipping; in a plain `swift sft` those
+    of the model.
     """
 
     def __init__(self, args: Any, trainer: Any) -> None:
@@ -83,6 +119,8 @@ class Allocation(TrainerCallback):
         set_schedule(inner.peft_config[TRAINED], state.max_steps)
         inner.rankallocator.reset_ipt()
         if self._session is not None:
+            inner.__class__ = WithoutPenalty
+            self._weight = inner.peft_config[TRAINED].orth_reg_weight
             self._session.watchers.append(self)
         if args.resume_from_checkpoint:
             load_importance(inner, Path(args.resume_from_checkpoint))
@@ -91,6 +129,14 @@ class Allocation(TrainerCallback):
         if self._session is None:
             # The gradients of the step are still there; PEFT counts steps from 1.
             base_of(kwargs["model"]).update_and_allocate(state.global_step + 1)
+
+    def before_method(self, ctx: Any, grads: Any) -> None:
+        """Add the gradient of the penalty to that of the loss."""
+        penalty, pulls = orthogonality_penalty(ctx.live_weights())
+        for name, part in ctx.parts_of(pulls).items():
+            grads.add_part(name, self._weight * part)
+        if ctx.is_logging_step:
+            ctx.log("adalora_orthogonality", penalty)
 
     def gradients(self, ctx: Any, grads: Any) -> None:
         """Keep the gradients of a step until it was made."""
