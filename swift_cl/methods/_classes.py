@@ -1,12 +1,18 @@
-"""The classes of a stream of classification tasks: numbered once for all tasks, in the tasks' order."""
+"""The classes of a stream of classification tasks, numbered once for all tasks in the tasks' order, and what methods
+with a head over them share."""
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from swift_cl.errors import UserError
-from swift_cl.methods.base import TrainingRow
+from swift_cl.methods.base import Support, TrainingRow
+
+CLASSIFIER_SUPPORT = Support(
+    tuners=("lora",), full_deepspeed=(), packing=False, quantized=False, sequence_parallel=False, liger=False
+)
 
 
 def refuse_images(method: str, task: str, rows: Sequence[TrainingRow]) -> None:
@@ -93,3 +99,28 @@ def parse_labels(text: str, flag: str) -> ClassTable:
                 raise UserError(f"{flag}: the label {label!r} stands in {owner[label]!r} and in {task!r}")
             owner[label] = task
     return ClassTable(value)
+
+
+class Classifying:
+    """A method with a head over all classes, which `--<method>_labels` names; comes before `Method` among the bases."""
+
+    name: ClassVar[str]
+    config: Any
+    needs_logits: ClassVar[bool] = True
+    replaces_loss: ClassVar[bool] = True
+    classifies: ClassVar[bool] = True
+
+    @cached_property
+    def classes(self) -> ClassTable:
+        """All classes of all tasks."""
+        return parse_labels(self.config.labels, f"--{self.name}_labels")
+
+    def required_flags(self) -> Mapping[str, str]:
+        """Weight decay would move rows that get no gradient."""
+        count = {"num_labels": str(len(self.classes))} if self.config.labels else {}
+        return {
+            "task_type": "seq_cls",
+            "problem_type": "single_label_classification",
+            "weight_decay": "0",
+            **count,
+        }

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.distributed import copy_into
@@ -11,7 +10,7 @@ from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import check_plain_lora
-from swift_cl.methods._classes import ClassTable, parse_labels, refuse_images
+from swift_cl.methods._classes import CLASSIFIER_SUPPORT, Classifying, parse_labels, refuse_images
 from swift_cl.methods._draws import seed32
 from swift_cl.methods.base import Support, TaskContext, TrainingRow, setting
 from swift_cl.methods.dynamic_conpet import DynamicConpet, DynamicConpetConfig
@@ -52,7 +51,7 @@ class DynamicConpetClsConfig(DynamicConpetConfig):
             parse_labels(self.labels, "--dynamic_conpet_cls_labels")
 
 
-class DynamicConpetCls(DynamicConpet):
+class DynamicConpetCls(Classifying, DynamicConpet):
     """Expert t is a LoRA with a linear head over the classes of task t; all other experts' classes have one constant
     logit, in training (where the right expert is chosen) and at inference alike."""
 
@@ -60,17 +59,7 @@ class DynamicConpetCls(DynamicConpet):
     title: ClassVar[str] = "Dynamic ConPET for classification: an adapter with a head per task, and a selector"
     summary: ClassVar[str] = "`dynamic_conpet` with a classifier head (`--task_type seq_cls`) in every task's adapter"
     config_class: ClassVar[type[DynamicConpetConfig]] = DynamicConpetClsConfig
-    support: ClassVar[Support] = Support(
-        tuners=("lora",),
-        full_deepspeed=(),
-        packing=False,
-        quantized=False,
-        sequence_parallel=False,
-        liger=False,
-    )
-    needs_logits: ClassVar[bool] = True
-    replaces_loss: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
+    support: ClassVar[Support] = CLASSIFIER_SUPPORT
 
     config: DynamicConpetClsConfig
 
@@ -79,21 +68,6 @@ class DynamicConpetCls(DynamicConpet):
         self._own: Tensor | None = None
         self._seen: Tensor | None = None
         self._rows: Tensor | None = None
-
-    @cached_property
-    def classes(self) -> ClassTable:
-        """All classes of all tasks."""
-        return parse_labels(self.config.labels, "--dynamic_conpet_cls_labels")
-
-    def required_flags(self) -> Mapping[str, str]:
-        """Weight decay would do nothing to the other classes' rows, which are 0; it is off as in `seq_star`."""
-        count = {"num_labels": str(len(self.classes))} if self.config.labels else {}
-        return {
-            "task_type": "seq_cls",
-            "problem_type": "single_label_classification",
-            "weight_decay": "0",
-            **count,
-        }
 
     def prepare_task(self, ctx: TaskContext, rows: list[TrainingRow]) -> list[TrainingRow]:
         refuse_images(self.name, ctx.task, rows)

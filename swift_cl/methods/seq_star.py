@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from swift_cl.distributed import copy_into, full_shape
@@ -11,7 +10,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState
 from swift_cl.lazy import LazyModule
 from swift_cl.methods._adapters import stored_adapter
-from swift_cl.methods._classes import ClassTable, parse_labels, refuse_images
+from swift_cl.methods._classes import CLASSIFIER_SUPPORT, Classifying, parse_labels, refuse_images
 from swift_cl.methods._draws import seed32
 from swift_cl.methods.base import Method, MethodConfig, Phase, Support, TaskContext, TrainingRow, setting
 
@@ -77,7 +76,7 @@ class SeqStarConfig(MethodConfig):
         return self.cosine_scale if self.head == "cosine" else None
 
 
-class SeqStar(Method):
+class SeqStar(Classifying, Method):
     """CE over the visible classes; backbone fixed after the warm-up, rows of old classes fixed after their task."""
 
     name: ClassVar[str] = "seq_star"
@@ -89,18 +88,8 @@ class SeqStar(Method):
     cost: ClassVar[str] = "head only: no backward through the backbone"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.07887"
     config_class: ClassVar[type[MethodConfig]] = SeqStarConfig
-    support: ClassVar[Support] = Support(
-        tuners=("lora",),
-        full_deepspeed=(),
-        packing=False,
-        quantized=False,
-        sequence_parallel=False,
-        liger=False,
-    )
+    support: ClassVar[Support] = CLASSIFIER_SUPPORT
     needs_rows: ClassVar[bool] = True
-    needs_logits: ClassVar[bool] = True
-    replaces_loss: ClassVar[bool] = True
-    classifies: ClassVar[bool] = True
 
     config: SeqStarConfig
 
@@ -109,21 +98,6 @@ class SeqStar(Method):
         self._visible: Tensor | None = None
         self._rows: Tensor | None = None
         self._before: Tensor | None = None
-
-    @cached_property
-    def classes(self) -> ClassTable:
-        """All classes of all tasks."""
-        return parse_labels(self.config.labels, "--seq_star_labels")
-
-    def required_flags(self) -> Mapping[str, str]:
-        """Weight decay would move rows that get no gradient."""
-        count = {"num_labels": str(len(self.classes))} if self.config.labels else {}
-        return {
-            "task_type": "seq_cls",
-            "problem_type": "single_label_classification",
-            "weight_decay": "0",
-            **count,
-        }
 
     def phases(self, first_task: bool) -> Sequence[Phase]:
         """The warm-up is a training of its own: what is trained never changes within one."""
