@@ -25,7 +25,7 @@ _SHUFFLED_TUPLES = 100_000
 
 @dataclass(frozen=True)
 class Demo:
-    """A real row as it stands in a prompt; `x` is the user's text without the task's definition."""
+    """A real row as it stands in a prompt; `x` is the user's text without what all of the task's have in common."""
 
     x: str
     y: str
@@ -38,8 +38,10 @@ class TaskFacts:
 
     Attributes:
         rows: |D_j|.
-        definition: what all user texts begin with, up to a blank line; may be empty.
+        definition: what all user texts begin with (see `common_frame`); may be empty.
         labels: the closed set of answers, None where there is none.
+        separator: between definition and x.
+        ending: what all user texts end with, and no prompt shows; may be empty.
     """
 
     task: str
@@ -47,6 +49,8 @@ class TaskFacts:
     definition: str
     labels: list[str] | None
     demos: list[Demo]
+    separator: str = "\n\n"
+    ending: str = ""
 
     @classmethod
     def of(
@@ -65,12 +69,12 @@ class TaskFacts:
             UserError: fewer rows than shots can stand in a prompt.
         """
         single = [row["messages"] for row in rows if [m["role"] for m in row["messages"]] == list(_ROLES)]
-        definition = common_definition([messages[1]["content"] for messages in single])
+        frame = definition, separator, ending = common_frame([messages[1]["content"] for messages in single])
         answers = [messages[2]["content"] for messages in single]
         labels = closed_labels(answers) if len(single) == len(rows) else None
         if given is not None:
-            return cls(task, len(rows), definition, labels, list(given))
-        usable = [demo for messages in single if (demo := _demo(messages, definition)) is not None]
+            return cls(task, len(rows), definition, labels, list(given), separator, ending)
+        usable = [demo for messages in single if (demo := _demo(messages, *frame)) is not None]
         if len(usable) < shots:
             raise UserError(
                 f"task '{task}': {len(usable)} of its {len(rows)} rows can be shown in a prompt (one question, one "
@@ -78,7 +82,7 @@ class TaskFacts:
             )
         count = min(max(shots, round_half_up(exact(ratio) * len(rows))), len(usable))
         chosen = sorted(permutation(len(usable), *key, task, "demos")[:count])
-        return cls(task, len(rows), definition, labels, [usable[i] for i in chosen])
+        return cls(task, len(rows), definition, labels, [usable[i] for i in chosen], separator, ending)
 
     def to_json(self) -> dict[str, Any]:
         """What a method's state keeps."""
@@ -115,25 +119,45 @@ class TaskFacts:
 
     def row(self, x: str, y: str, system: str) -> TrainingRow:
         """A training row of this task."""
-        user = f"{self.definition}\n\n{x}" if self.definition else x
-        contents = (system, user, y)
+        opening = self.definition + self.separator if self.definition else ""
+        contents = (system, opening + x + self.ending, y)
         return {"messages": [{"role": r, "content": c} for r, c in zip(_ROLES, contents, strict=True)]}
 
 
 _ROLES = ("system", "user", "assistant")
 
 
-def common_definition(texts: Sequence[str]) -> str:
-    """The longest common beginning of all texts that ends at a blank line, without that line."""
+def common_frame(texts: Sequence[str]) -> tuple[str, str, str]:
+    """What all texts begin with, how that is set apart from the rest, and what all end with.
+
+    The beginning is the longest that ends at a blank line, without that line (SSR's definition of a task); where there
+    is none, the longest that ends at a line break, as of rows with their options in the question. The end is the
+    longest that begins with a line break, unless it is all that some text has.
+    """
+    shared = _shared(texts)
+    separator = "\n\n" if "\n\n" in shared else "\n"
+    definition = shared.rpartition(separator)[0]
+    opening = len(definition + separator) if definition else 0
+    rests = [text[opening:] for text in texts]
+    at_end = _shared([rest[::-1] for rest in rests])[::-1]
+    ending = at_end[at_end.index("\n") :] if "\n" in at_end else ""
+    if any(not rest[: len(rest) - len(ending)].strip() for rest in rests):
+        ending = ""
+    return definition, separator, ending
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """The longest common beginning."""
     first, last = min(texts, default=""), max(texts, default="")  # what these two share, all share
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:shared].rpartition("\n\n")[0]
+    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(differs, min(len(first), len(last)))]
 
 
-def _demo(messages: Sequence[Mapping[str, str]], definition: str) -> Demo | None:
+def _demo(messages: Sequence[Mapping[str, str]], definition: str, separator: str, ending: str) -> Demo | None:
     """A row for a prompt, None for one that could not be told from several."""
     system, user, answer = (message["content"] for message in messages)
-    x, y = (user[len(definition) + 2 :] if definition else user).strip(), answer.strip()
+    opening = len(definition + separator) if definition else 0
+    x, y = user[opening : len(user) - len(ending)].strip(), answer.strip()
     try:
         found = parse(f" {x}\nOutput: {y}")
     except Rejected:
@@ -169,7 +193,7 @@ def read_demos(flag: str, path: Path, shots: int, system: str) -> list[Demo]:
         if not all(isinstance(text, str) for text in texts.values()):
             raise UserError(f"{flag} {path}, entry {number}: expected texts only")
         contents = (texts["system"], texts["input"], texts["output"])
-        demo = _demo([{"content": content} for content in contents], "")
+        demo = _demo([{"content": content} for content in contents], "", "", "")
         if demo is None:
             raise UserError(
                 f"{flag} {path}, entry {number}: input and output may not be empty, nor have a line that begins with "

@@ -52,14 +52,16 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """ZeRO stage (or `FSDP`) and changes to ms-swift's settings by their name. DDP is always run, for every method, in
 tests/integration/test_two_processes.py."""
-FULL = ("seq", "replay", "ewc", "lwf", "gem", "migu")
-"""Methods that are also seen with full fine-tuning: one of each kind of work on gradients, weights and logits."""
 
 
 def subjects() -> list[Cell]:
-    """Every method with its first tuner, every tuner with `seq`, and full fine-tuning."""
-    own = [Cell(name) for name in sorted(methods())]
-    return [*own, *(Cell("seq", name) for name in sorted(tuners())), *(Cell(name, "full") for name in FULL)]
+    """Every method with each tuner that it names (full fine-tuning is one), and every tuner with `seq`."""
+    own: list[Cell] = []
+    for name in sorted(methods()):
+        kind = get_method(name)
+        others = kind(kind.config_class()).supports().tuners[1:]
+        own += [Cell(name), *(Cell(name, other) for other in others)]
+    return [*own, *(Cell("seq", name) for name in sorted(tuners()))]
 
 
 def stages(cell: Cell) -> Sequence[int]:

@@ -9,7 +9,7 @@ import pytest
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.methods._selected import choose, quotas
 from swift_cl.methods._selection import kmeans_clusters
-from swift_cl.methods._synthesis import TaskFacts, _tuples, parse
+from swift_cl.methods._synthesis import TaskFacts, _tuples, common_frame, parse
 from swift_cl.methods.pseudo_replay import PseudoReplay, PseudoReplayConfig
 from swift_cl.methods.ssr import Ssr, SsrConfig
 from tests.support.fake_engine import in_order, said
@@ -163,13 +163,41 @@ def test_demos_are_one_percent_and_at_least_the_shots():
         TaskFacts.of("t", odd, "ssr", 0.01, 2, 0)
 
 
-def test_definition_without_a_blank_line_is_empty():
+def test_definition_without_a_blank_line_ends_at_a_line_break():
     rows = kind_rows("one", 20)
     for row in rows:
         row["messages"][1]["content"] = row["messages"][1]["content"].replace("\n\n", "\n")
     facts = TaskFacts.of("t", rows, "ssr", 0.1, 2, 0)
-    assert facts.definition == ""
-    assert facts.row("x", "y", "s")["messages"][1]["content"] == "x"
+    assert facts.definition == DEFINITION
+    assert facts.row("x", "y", "s")["messages"][1]["content"] == f"{DEFINITION}\nx"
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["Rate.\n\nText: a\nAnswer:", "Rate.\n\nText: b c\nAnswer:"], ("Rate.", "\n\n", "\nAnswer:")),
+        (["Rate.\nOption: a, b\nText: a\n\nAnswer:", "Rate.\nOption: a, b\nText: b\n\nAnswer:"],
+         ("Rate.\nOption: a, b", "\n", "\n\nAnswer:")),
+        (["A thing is red?", "A thing is blue?"], ("", "\n", "")),
+        (["Q.\n\nText: a\nAnswer:", "Q.\n\n\nAnswer:"], ("Q.", "\n\n", "")),
+        (["Q.\n\nsame", "Q.\n\nsame"], ("Q.", "\n\n", "")),
+        ([], ("", "\n", "")),
+    ],
+)  # fmt: skip
+def test_frame_by_hand(texts, expected):
+    """What all questions have in common is not asked of the base model; a text that has nothing else keeps it."""
+    assert common_frame(texts) == expected
+
+
+def test_a_rows_frame_is_put_around_what_is_made():
+    rows = kind_rows("one", 20)
+    for i, row in enumerate(rows):
+        row["messages"][1]["content"] = f"Which kind?\nOption: a, b\nText: thing {i}\nAnswer:"
+    facts = TaskFacts.of("t", rows, "ssr", 1.0, 2, 0)
+    assert {demo.x for demo in facts.demos} == {f"Text: thing {i}" for i in range(20)}
+    texts = {row["messages"][1]["content"] for row in rows}
+    assert {facts.row(demo.x, "y", "s")["messages"][1]["content"] for demo in facts.demos} == texts
+    assert TaskFacts.from_json(facts.to_json()) == facts
 
 
 def write_demos(folder, task, entries, suffix="json"):
