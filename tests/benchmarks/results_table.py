@@ -24,7 +24,7 @@ import yaml
 from swift_cl.io import write_json
 from swift_cl.methods.registry import get_method, methods
 from tests.benchmarks.results.page import METRICS, RESULTS, cells_of, write_page
-from tests.benchmarks.results.parts import PARTS, ROOT, Part, write_benchmark
+from tests.benchmarks.results.parts import PARTS, ROOT, Part, fits, write_benchmark
 from tests.benchmarks.results.settings import TRAIN, TUNERS, flags_of, tuner_of
 from tests.support.commands import environment
 
@@ -33,7 +33,7 @@ SEEDS, DEV_SEED = (1, 2, 3), 0
 
 def write_run(folder: Path, part: Part, method: str, rate: float, dev: bool) -> Path:
     """The run file of a method on a part, beside its benchmark and data."""
-    write_benchmark(part, folder, dev)
+    write_benchmark(part, folder, dev, get_method(method).classifies)
     tuner = tuner_of(method)
     kind = {} if tuner == "lora" else {"tuner_type": tuner}
     sizes = {"learning_rate": rate, "num_train_epochs": part.epochs, "per_device_train_batch_size": part.batch}
@@ -107,11 +107,6 @@ def fill(part: Part, method: str, work: Path) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in ("ms-swift", "torch", "peft")},
         "command": f"python tests/benchmarks/results_table.py run --part {part.name} --methods {method}",
     }
-
-
-def fits(part: Part, method: str) -> bool:
-    """Whether a method can be asked about a part: a classifier head needs classes of its own for every task."""
-    return not get_method(method).classifies
 
 
 def run(args: argparse.Namespace) -> int:

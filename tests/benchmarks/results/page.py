@@ -6,7 +6,7 @@ from typing import Any
 from swift_cl.evaluation.statistics import Summary, summarise
 from swift_cl.io import read_json, write_text
 from swift_cl.methods.registry import methods
-from tests.benchmarks.results.parts import PARTS, ROOT, Part
+from tests.benchmarks.results.parts import PARTS, ROOT, Part, fits
 from tests.benchmarks.results.settings import SETTINGS, SHARE, TUNERS
 
 RESULTS, PAGE = ROOT / "assets" / "results", ROOT / "assets" / "RESULTS.md"
@@ -94,7 +94,7 @@ def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         lines.append("| " + " | ".join(values) + " |")
     notes = [f"- `{name}`: {text}" for (where, name), text in NOTES.items() if where == part.name and name in cells]
     lines += ["", *notes] if notes else []
-    missing = sorted(methods().keys() - cells.keys())
+    missing = [name for name in sorted(methods().keys() - cells.keys()) if fits(part, name)]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}."]
     lines += ["", f"Each row: `python tests/benchmarks/results_table.py run --part {part.name} --methods NAME`."]
