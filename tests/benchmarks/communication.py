@@ -1,6 +1,6 @@
 """What every method sends between processes in an optimizer step, against plain fine-tuning: measured, two processes.
 
-    python tests/benchmarks/communication.py [--methods ewc gem] [--deepspeed zero2] [--gem_mode agem] [--json FILE]
+    python -m tests.benchmarks.communication [--methods ewc gem] [--deepspeed zero2] [--gem_mode agem] [--json FILE]
 
 A second task of 8 rows with the tiny model, LoRA rank 4, fp32, on the CPU, settings of tests/support/train.py. Counted
 are the bytes that one process gives to collectives (tests/support/communication.py). The gradient of the trained
@@ -16,8 +16,6 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("LOG_LEVEL", "ERROR")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 
 def measure(methods: list[str], deepspeed: str | None) -> dict[str, tuple[int, int]]:

@@ -1,7 +1,7 @@
 """How fast a stage x task grid is filled, and what the client costs. No training: the adapters are random.
 
-    python tests/benchmarks/eval_speed.py grid --model ../shared/bench/base --tasks 4 --questions 100
-    python tests/benchmarks/eval_speed.py client --limits 20 50 100 200 400
+    python -m tests.benchmarks.eval_speed grid --model ../shared/bench/base --tasks 4 --questions 100
+    python -m tests.benchmarks.eval_speed client --limits 20 50 100 200 400
 
 `grid`: wall time of `swift-cl eval` (one server start, everything in flight together, scoring and report included)
 against the flow of the seed systems: for each of the T + 1 models a server start, then one task after the other with
@@ -27,19 +27,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from swift_cl.evaluation.ask import Asker, Dialogue
+from swift_cl.evaluation.client import Endpoint, Generation
+from swift_cl.evaluation.plan import Grid, GridOptions, load_grid, system_prompt
+from swift_cl.evaluation.settings import Settings
+from swift_cl.evaluation.store import AnswerStore
+from swift_cl.io import sha256_file
+from swift_cl.serving.backends import ServerOptions, command
+from swift_cl.serving.server import Server
+from swift_cl.stages import Run, Stage, stage_dir_name
+from swift_cl.stream.rows import Row
 
-from swift_cl.evaluation.ask import Asker, Dialogue  # noqa: E402
-from swift_cl.evaluation.client import Endpoint, Generation  # noqa: E402
-from swift_cl.evaluation.plan import Grid, GridOptions, load_grid, system_prompt  # noqa: E402
-from swift_cl.evaluation.settings import Settings  # noqa: E402
-from swift_cl.evaluation.store import AnswerStore  # noqa: E402
-from swift_cl.io import sha256_file  # noqa: E402
-from swift_cl.serving.backends import ServerOptions, command  # noqa: E402
-from swift_cl.serving.server import Server  # noqa: E402
-from swift_cl.stages import Run, Stage, stage_dir_name  # noqa: E402
-from swift_cl.stream.rows import Row  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TEXT = "the a city council river price team law school market rain year vote bridge record film court study"
 WORDS = TEXT.split()

@@ -1,6 +1,6 @@
 """SSR's synthesis against ms-swift's engine alone: tokens per second for the same candidates, in one run.
 
-    python tests/benchmarks/generation_speed.py [--candidates 1140] [--batch 64] [--rounds 2] [--model DIR] [--check]
+    python -m tests.benchmarks.generation_speed [--candidates 1140] [--batch 64] [--rounds 2] [--model DIR] [--check]
 
 Both sides load nothing and continue the same prompts with the same engine: alone, its `infer` gets them in the order in
 which they come, `--batch` at a time; the synthesis makes the prompts, sorts, draws, reads, screens and writes all that
@@ -19,8 +19,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("LOG_LEVEL", "ERROR")
 BOUND = 0.8
 

@@ -1,6 +1,6 @@
 """A whole benchmark from one command, killed several times and continued, equals the undisturbed run.
 
-    python tests/benchmarks/killed_workflow.py --benchmark ../shared/bench/data/easycl/ABSACL_ATSC --order order1
+    python -m tests.benchmarks.killed_workflow --benchmark ../shared/bench/data/easycl/ABSACL_ATSC --order order1
 
 Runs `swift-cl run` (full_workflow, tiny model, a few steps a stage) twice: once undisturbed; once with SIGKILL for it
 and everything it started at random moments (in training, the last one in the asking), each time continued by the same

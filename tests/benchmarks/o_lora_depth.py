@@ -1,6 +1,6 @@
 """What a training step of `o_lora` costs at a late task, over one of the second task, in one run on this machine.
 
-    python tests/benchmarks/o_lora_depth.py --tasks 15 --rank 8
+    python -m tests.benchmarks.o_lora_depth --tasks 15 --rank 8
 
 The model is one layer as wide as Qwen2.5-7B's (hidden 3584, MLP 18944, random weights): what the history costs depends
 on the width, not on the number of layers, and a narrow model would say nothing about a real one (there the rank of
@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("LOG_LEVEL", "ERROR")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tests.benchmarks.step_cost import StepClock, _rows, _train
 
-from tests.benchmarks.step_cost import StepClock, _rows, _train  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 BOUND = 1.10
 

@@ -1,7 +1,7 @@
 """The results table: every method on small forms of the benchmarks, tuned, three seeds. Writes assets/RESULTS.md.
 
-    python tests/benchmarks/results_table.py run --part cl_benchmark --methods seq replay ssr o_lora mtl --minutes 60
-    python tests/benchmarks/results_table.py table
+    python -m tests.benchmarks.results_table run --part cl_benchmark --methods seq replay ssr o_lora mtl --minutes 60
+    python -m tests.benchmarks.results_table table
 
 `run` fills cells, one method on one benchmark each, and can be stopped at any time: a filled cell is a file of
 assets/results and is not done again, and what a stopped cell has trained and asked is found again in --work. First each
@@ -105,7 +105,7 @@ def fill(part: Part, method: str, work: Path) -> dict[str, Any]:
         "matrices": [run["matrix"] for run in found],
         **json.loads(cost.read_text()),
         "versions": {name: importlib.metadata.version(name) for name in ("ms-swift", "torch", "peft")},
-        "command": f"python tests/benchmarks/results_table.py run --part {part.name} --methods {method}",
+        "command": f"python -m tests.benchmarks.results_table run --part {part.name} --methods {method}",
     }
 
 

@@ -1,6 +1,6 @@
 """Where the time of a whole benchmark goes, and what switching from one stage to the next costs.
 
-    python tests/benchmarks/run_profile.py --model ../shared/bench/base \
+    python -m tests.benchmarks.run_profile --model ../shared/bench/base \
         --benchmark ../shared/bench/data/easycl/ABSACL_ATSC --order order1 --steps 30 --test_limit 20
 
 Runs `swift-cl run` (full_workflow) and prints one JSON object: the wall time; training (the Trainer's own time, all

@@ -1,6 +1,6 @@
 """The similarity scorer against the bare encoder: 10,000 answer pairs, both measured in one run on this machine.
 
-    python tests/benchmarks/scorer_speed.py [--pairs 10000] [--part 5000] [--rounds 2] [--model ...] [--check]
+    python -m tests.benchmarks.scorer_speed [--pairs 10000] [--part 5000] [--rounds 2] [--model ...] [--check]
 
 Both sides get the same distinct texts (two a pair) of 2 to 25 words and embed each once; the scorer also identifies the
 encoder, counts long texts, keeps the references' vectors, pairs up and takes the cosines. The pairs are measured in
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 BOUND = 0.95
 PART = 5000
 """Pairs measured at a time."""

@@ -1,6 +1,6 @@
 """What a method costs over plain LoRA: step-time ratios and peak memory, measured in one run on this machine.
 
-    python tests/benchmarks/step_cost.py --model ../shared/bench/base --data ../shared/bench/data/cl_benchmark
+    python -m tests.benchmarks.step_cost --model ../shared/bench/base --data ../shared/bench/data/cl_benchmark
 
 Every method trains a second task in turn, several rounds over, in one process with one loaded base model. Rows are
 chosen of nearly equal length and every round takes the same ones, so the k-th step is the same work in every round, and
@@ -9,8 +9,8 @@ lowest times over seq's. The bound is what the design allows. Exit code 1 beyond
 
 On a GPU, a model of 7B shape with random weights, with and without DeepSpeed (see tests/gpu/test_step_cost.py):
 
-    python tests/benchmarks/step_cost.py --device cuda --shape qwen2.5-7b --cases seq ewc cia lwf gem
-    torchrun --nproc_per_node 1 tests/benchmarks/step_cost.py --device cuda --shape qwen2.5-7b --deepspeed zero2 ...
+    python -m tests.benchmarks.step_cost --device cuda --shape qwen2.5-7b --cases seq ewc cia lwf gem
+    torchrun --nproc_per_node 1 -m tests.benchmarks.step_cost --device cuda --shape qwen2.5-7b --deepspeed zero2 ...
 
 With several processes a step has `batch` rows on each, and rank 0 prints.
 """
@@ -30,10 +30,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("LOG_LEVEL", "ERROR")
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from tests.support.shapes import SHAPES, make_shape
 
-from tests.support.shapes import SHAPES, make_shape  # noqa: E402 -- found by the line above
+ROOT = Path(__file__).resolve().parents[2]
 
 # label -> (method, flags, bound on the step-time ratio or None)
 CASES: dict[str, tuple[str, dict[str, Any], float | None]] = {

@@ -33,7 +33,8 @@ Methods on small forms of five benchmarks, as far as measured yet, trained and a
 
 - **Learning rate**: for every method and benchmark the best of its tuner's grid ({grids}), by Avg.ACC on
   development rows after the first two tasks (seed 0; the protocol of Chaudhry et al. 2019; of the news none are held
-  back, there the training rows are asked). The baselines are tuned like the methods.
+  back, and Concept-1K is asked what was learned: there the training rows are asked). The baselines are
+  tuned like the methods.
 - **Then three seeds** (1, 2, 3) over the whole order, asked the test rows. Mean and, in brackets, the 95 % bootstrap
   interval, which is the range of three runs.
 - **Rehearsal** is {share:.0%} of a task's rows for every method that rehearses; other settings that the defaults do not
@@ -99,12 +100,12 @@ def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     missing = [name for name in sorted(methods().keys() - cells.keys()) if fits(part, name)]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}."]
-    lines += ["", f"Each row: `python tests/benchmarks/results_table.py run --part {part.name} --methods NAME`."]
+    lines += ["", f"Each row: `python -m tests.benchmarks.results_table run --part {part.name} --methods NAME`."]
     return lines
 
 
-def write_page() -> None:
-    """Write the page from the filled cells."""
+def page_text() -> str:
+    """The page from the filled cells."""
     grids = "; ".join(f"{name} {', '.join(f'{r:g}' for r in tuner.rates)}" for name, tuner in TUNERS.items())
     changed = ", ".join(f"`{name}`" for name in sorted(SETTINGS))
     text = HEAD.format(grids=grids, share=SHARE, changed=changed)
@@ -115,4 +116,9 @@ def write_page() -> None:
     empty = [part.title for name, part in PARTS.items() if not cells_of(name)]
     if empty:
         text += "\n## Not measured yet\n\n" + "".join(f"- {title}\n" for title in empty)
-    write_text(PAGE, text)
+    return text
+
+
+def write_page() -> None:
+    """Write the page."""
+    write_text(PAGE, page_text())
