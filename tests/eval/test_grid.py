@@ -167,7 +167,8 @@ def test_the_base_model_is_never_asked_together_with_an_adapter(make_run):
     """vLLM on the CPU would give it the last adapter's weights in a mixed batch."""
     run = make_run()
     base, *adapters = names(run)
-    with MockEndpoint([base, *adapters], right, delay=0.03) as mock:
+    # Long enough for two questions to meet on a busy machine too.
+    with MockEndpoint([base, *adapters], right, delay=0.2) as mock:
         go(run, mock, concurrency=8)
     assert frozenset(adapters) in mock.together  # adapters share batches
     assert [seen for seen in mock.together if base in seen] == [{base}]

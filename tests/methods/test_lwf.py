@@ -139,7 +139,8 @@ def test_t5_fp32_over_a_large_vocabulary(dtype: torch.dtype) -> None:
     found = torch.stack(
         [divergence_sum(student[i : i + 1], teacher[i : i + 1], everywhere[:1], 2.0, 0, 1) for i in range(4)]
     )
-    assert (found - exact).abs().max() < 1e-6
+    # Log-probabilities are about -11, where fp32 steps are 1e-6: how they round depends on the processor.
+    assert (found - exact).abs().max() < 2e-6
     in_bf16 = naive(student.bfloat16(), teacher.bfloat16(), 2.0)
     assert (in_bf16.double() - exact).abs().max() > 1e-4  # why it must not be used
 
