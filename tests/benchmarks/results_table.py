@@ -31,7 +31,7 @@ from tests.support.commands import environment
 SEEDS, DEV_SEED = (1, 2, 3), 0
 
 
-def write_run(folder: Path, part: Part, method: str, rate: float, dev: bool) -> Path:
+def write_run(folder: Path, part: Part, model: Path, method: str, rate: float, dev: bool) -> Path:
     """The run file of a method on a part, beside its benchmark and data."""
     write_benchmark(part, folder, dev, get_method(method).classifies)
     tuner = tuner_of(method)
@@ -39,35 +39,51 @@ def write_run(folder: Path, part: Part, method: str, rate: float, dev: bool) -> 
     sizes = {"learning_rate": rate, "num_train_epochs": part.epochs, "per_device_train_batch_size": part.batch}
     config: dict[str, Any] = {
         "benchmark": "benchmark.yaml",
-        "model": str((ROOT / part.model).resolve()),
+        "model": str(model),
         "output_dir": "runs",
         "method": method,
         "seed": [DEV_SEED] if dev else list(SEEDS),
         "train": {**TRAIN, **kind, **TUNERS[tuner].train, **sizes},
         "eval": {"concurrency": 64, "no_report": True, "no_identity_check": dev},
     }
-    if flags_of(method):
-        config["method_settings"] = {method: flags_of(method)}
+    if flags_of(method, part.rows):
+        config["method_settings"] = {method: flags_of(method, part.rows)}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 
 
-def swift_cl(log: Path, *argv: str) -> tuple[float, float]:
-    """Run a command to its end; (processor seconds of it and its children, peak resident set of the largest in MB).
+def module(log: Path, name: str, *argv: str) -> tuple[float, float]:
+    """Run a module to its end; (processor seconds of it and its children, peak resident set of the largest in MB).
 
     Raises:
         RuntimeError: it failed; the log is named.
     """
     with log.open("ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "swift_cl.cli.main", *argv],
+            [sys.executable, "-m", name, *argv],
             env={**environment(), "PYTHONPATH": str(ROOT)}, cwd=ROOT, stdout=stream, stderr=stream,
         )  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f"swift-cl {' '.join(argv)} failed, see {log}")
+        raise RuntimeError(f"{name} {' '.join(argv)} failed, see {log}")
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def swift_cl(log: Path, *argv: str) -> tuple[float, float]:
+    """Run a command of the product, see `module`."""
+    return module(log, "swift_cl.cli.main", *argv)
+
+
+def model_of(part: Part, work: Path) -> Path:
+    """The folder of a part's base model, which is first made where it is not the bench's own."""
+    if not part.lists:
+        return (ROOT / part.model).resolve()
+    model = work / "warm_base"
+    if not (model / "tokenizer_config.json").is_file():  # written last
+        work.mkdir(parents=True, exist_ok=True)
+        module(work / "warm_base.log", "tests.benchmarks.results.warm_base", "--out", str(model))
+    return model
 
 
 def scores(folder: Path) -> list[dict[str, Any]]:
@@ -76,22 +92,22 @@ def scores(folder: Path) -> list[dict[str, Any]]:
     return [next(iter(entry["scorers"].values())) for entry in found]
 
 
-def choose_rate(part: Part, method: str, work: Path) -> dict[float, float]:
+def choose_rate(part: Part, model: Path, method: str, work: Path) -> dict[float, float]:
     """Avg.ACC after the first two tasks on the development rows, by learning rate."""
     tried = {}
     for rate in TUNERS[tuner_of(method)].rates:
         folder = work / f"dev-{rate:g}"
-        swift_cl(work / f"dev-{rate:g}.log", "run", str(write_run(folder, part, method, rate, True)))
+        swift_cl(work / f"dev-{rate:g}.log", "run", str(write_run(folder, part, model, method, rate, True)))
         tried[rate] = scores(folder)[0]["metrics"]["avg_acc"]
     return tried
 
 
-def fill(part: Part, method: str, work: Path) -> dict[str, Any]:
+def fill(part: Part, model: Path, method: str, work: Path) -> dict[str, Any]:
     """Tune, train and ask: a cell of the table."""
     work.mkdir(parents=True, exist_ok=True)
-    tried = choose_rate(part, method, work)
+    tried = choose_rate(part, model, method, work)
     best = max(tried, key=lambda rate: tried[rate])
-    path, log, cost = write_run(work / "test", part, method, best, False), work / "test.log", work / "cost.json"
+    path, log, cost = write_run(work / "test", part, model, method, best, False), work / "test.log", work / "cost.json"
     if not cost.is_file():
         seconds, memory = swift_cl(log, "run", str(path), "--mode", "train_only")
         write_json(cost, {"cpu_seconds": round(seconds, 1), "memory_mb": round(memory)})
@@ -121,7 +137,8 @@ def run(args: argparse.Namespace) -> int:
                 return 1 if failed else 0
             print(f"{time.strftime('%H:%M:%S')} {name}: {method}", flush=True)
             try:
-                cell = fill(PARTS[name], method, Path(args.work).resolve() / name / method)
+                work = Path(args.work).resolve()
+                cell = fill(PARTS[name], model_of(PARTS[name], work), method, work / name / method)
             except RuntimeError as error:
                 print(f"failed: {error}", file=sys.stderr, flush=True)
                 failed += 1

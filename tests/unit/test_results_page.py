@@ -27,7 +27,7 @@ def test_every_cell_and_note_is_of_a_part_and_a_method() -> None:
 @pytest.mark.parametrize("method", ["seq", "seq_star"])
 def test_a_classifier_head_is_asked_about_classes(tmp_path: Path, method: str) -> None:
     part = dataclasses.replace(PARTS["news"], classes=True)
-    file = write_run(tmp_path, part, method, 1e-3, dev=True)
+    file = write_run(tmp_path, part, tmp_path, method, 1e-3, dev=True)
     benchmark = yaml.safe_load((file.parent / "benchmark.yaml").read_text())
     assert ("scenario" in benchmark) == get_method(method).classifies == (method == "seq_star")
     assert fits(PARTS["news"], method) == (method == "seq")

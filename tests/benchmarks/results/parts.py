@@ -47,6 +47,9 @@ class Part:
         rows, dev_rows, test_rows: of each task.
         longest: characters of a question, at most.
         classes: whether the tasks have classes of their own, so that methods with a classifier head can be asked.
+        methods: those that it is for; all where none is named.
+        lists: whether the model is first tuned to continue lists of examples (`warm_base`).
+        stream: the part whose tasks it asks, where they are not its own.
     """
 
     name: str
@@ -61,10 +64,13 @@ class Part:
     max_tokens: int = 8
     scorer: str = "exact_match"
     classes: bool = False
+    methods: tuple[str, ...] = ()
+    lists: bool = False
+    stream: str = ""
 
     def sources(self) -> list[Source]:
         """The tasks in their order."""
-        return list(SOURCES[self.name]())
+        return list(SOURCES[self.stream or self.name]())
 
 
 def _news() -> Iterator[Source]:
@@ -81,15 +87,17 @@ def _cl_benchmark() -> Iterator[Source]:
         yield Source(name, split["train"], split["test"], split["dev"])
 
 
-def _absa() -> Iterator[Source]:
+def absa_tasks(count: int | None) -> Iterator[Source]:
+    """The first tasks of ABSACL_ATSC's order 1, all for None."""
     folder = SHARED / "bench/data/easycl/ABSACL_ATSC"
-    order = json.loads((folder / "benchmark_info.json").read_text())["ABSACL_ATSC"]["orders"]["order1"][:8]
-    for name in order:
+    order = json.loads((folder / "benchmark_info.json").read_text())["ABSACL_ATSC"]["orders"]["order1"]
+    for name in order[:count]:
         split = {s: (folder / name / f"{name}_{s}.json", "alpaca", {}) for s in SPLITS}
         yield Source(name, split["train"], split["test"], split["dev"])
 
 
-def _superni() -> Iterator[Source]:
+def superni_tasks() -> Iterator[Source]:
+    """SuperNI's five tasks in the order of SSR."""
     folder = SHARED / "bench/data/superni"
     for name in ("qa", "sa", "trans", "para", "pos"):
         yield Source(
@@ -107,7 +115,8 @@ def _concept_1k() -> Iterator[Source]:
 
 SPLITS = ("train", "dev", "test")
 SOURCES = {
-    "news": _news, "cl_benchmark": _cl_benchmark, "absa": _absa, "superni": _superni, "concept_1k": _concept_1k,
+    "news": _news, "cl_benchmark": _cl_benchmark, "absa": lambda: absa_tasks(8), "superni": superni_tasks,
+    "concept_1k": _concept_1k,
 }  # fmt: skip
 BENCH = "../shared/bench/base"
 PARTS = {
@@ -115,6 +124,9 @@ PARTS = {
     for part in (
         Part("cl_benchmark", "CL_Benchmark: dbpedia, amazon, agnews, SST-2", BENCH, rows=64, epochs=3, batch=4,
              longest=480, classes=True),
+        Part("lists", "CL_Benchmark again, from a base model that continues lists of examples", BENCH, rows=64,
+             epochs=3, batch=4, longest=480, stream="cl_benchmark", lists=True,
+             methods=("seq", "replay", "mtl", "ssr", "pseudo_replay", "o_lora")),
         Part("news", "The bundled yearly news", "assets/tiny_base", rows=96, epochs=6, batch=8, max_tokens=24),
         Part("absa", "ABSACL_ATSC, order 1, its first eight tasks", BENCH, rows=40, epochs=2, batch=4),
         Part("superni", "SuperNI: qa, sa, trans, para, pos", BENCH, rows=32, epochs=3, batch=4, max_tokens=32,
@@ -126,8 +138,8 @@ PARTS = {
 
 
 def fits(part: Part, method: str) -> bool:
-    """Whether a method can be asked about a part: a classifier head needs classes of its own for every task."""
-    return part.classes or not get_method(method).classifies
+    """Whether a part is for a method, and can be asked: a classifier head needs classes of its own for every task."""
+    return method in part.methods or (not part.methods and (part.classes or not get_method(method).classifies))
 
 
 def _read(part: Part, source: tuple[Path, str, dict[str, Any]]) -> list[Row]:

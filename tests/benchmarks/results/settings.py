@@ -27,13 +27,15 @@ TUNERS = {
 TUNER_OF = {"moe_lora": "moelora", "cl_moe": "moelora", "prog_prompt": "soft_prompt", "lfpt5": "soft_prompt"}
 SHARE = 0.25
 """Rehearsed rows for each row of the task, the same for every method that rehearses: 10 % of 64 rows are six."""
+COUNTED = {"pseudo_replay": "num_samples"}
+"""Flags that name the rehearsed rows by their number."""
 GENERATION = {"max_new_tokens": 192, "gen_batch_size": 32, "min_fill": 0.0}
 # Settings that the defaults do not fit, because a task has some tens of rows and steps; all others are defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "replay": {"ratio": SHARE},
     "abscl": {"replay_ratio": SHARE},
-    "ssr": {**GENERATION, "ratio": SHARE, "num_samples": 24, "embedder": "model"},
-    "pseudo_replay": {**GENERATION, "num_samples": 16},
+    "ssr": {**GENERATION, "ratio": SHARE, "embedder": "model"},
+    "pseudo_replay": GENERATION,
     "lamol": {**GENERATION, "gamma": SHARE},
     "lamol_kd": {**GENERATION, "gamma": SHARE},
     "l2kd": {**GENERATION, "gamma": SHARE},
@@ -52,6 +54,7 @@ def tuner_of(method: str) -> str:
     return TUNER_OF.get(method, "lora")
 
 
-def flags_of(method: str) -> dict[str, Any]:
-    """A method's settings by flag name."""
-    return {f"{method}_{name}": value for name, value in SETTINGS.get(method, {}).items()}
+def flags_of(method: str, rows: int) -> dict[str, Any]:
+    """A method's settings by flag name, for tasks of so many rows."""
+    counted = {COUNTED[method]: round(SHARE * rows)} if method in COUNTED else {}
+    return {f"{method}_{name}": value for name, value in {**SETTINGS.get(method, {}), **counted}.items()}
