@@ -27,9 +27,9 @@ NOTES: dict[tuple[str, str], str] = {
 }
 
 WARM = (
-    ", first tuned in full on lists and conversations of SuperNI, ABSACL_ATSC and Concept-1K "
-    "(`tests/benchmarks/results/warm_base.py`), because without it that model cannot continue a list of examples, "
-    "which synthesis in context starts from"
+    ", first tuned in full on lists of examples (`tests/benchmarks/results/warm_base.py`: other tasks, and questions "
+    "of these with random answers), because without it that model cannot continue a list, which synthesis in context "
+    "starts from"
 )
 
 HEAD = """# Results

@@ -80,7 +80,8 @@ def _news() -> Iterator[Source]:
         yield Source(task["name"], (train, "messages", {}), (test, "messages", {}), system=task.get("system"))
 
 
-def _cl_benchmark() -> Iterator[Source]:
+def cl_benchmark_tasks() -> Iterator[Source]:
+    """Four tasks of O-LoRA's benchmark."""
     folders = {"dbpedia": "TC/dbpedia", "amazon": "SC/amazon", "agnews": "TC/agnews", "sst2": "SC/SST-2"}
     for name, folder in folders.items():
         split = {s: (SHARED / "bench/data/cl_benchmark" / folder / f"{s}.json", "cl_benchmark", {}) for s in SPLITS}
@@ -115,7 +116,7 @@ def _concept_1k() -> Iterator[Source]:
 
 SPLITS = ("train", "dev", "test")
 SOURCES = {
-    "news": _news, "cl_benchmark": _cl_benchmark, "absa": lambda: absa_tasks(8), "superni": superni_tasks,
+    "news": _news, "cl_benchmark": cl_benchmark_tasks, "absa": lambda: absa_tasks(8), "superni": superni_tasks,
     "concept_1k": _concept_1k,
 }  # fmt: skip
 BENCH = "../shared/bench/base"
