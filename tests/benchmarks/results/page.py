@@ -111,16 +111,39 @@ def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def glance(filled: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Avg.ACC of every method on every part, and what the best reaches of joint training."""
+    scores = {
+        part: {name: {metric: summarise(cell["metrics"][metric]) for metric in METRICS} for name, cell in cells.items()}
+        for part, cells in filled.items()
+    }
+    lines = ["", "## At a glance", "", "Mean Avg.ACC, and whether the claim is seen.", ""]
+    lines += ["| method | " + " | ".join(f"`{part}`" for part in scores) + " |", "| --- " * (len(scores) + 1) + "|"]
+    for method in sorted({name for own in scores.values() for name in own}):
+        values = []
+        for own in scores.values():
+            mark = verdict(method, own[method], own.get("seq")) if method in own else ""
+            values.append(f"{own[method]['avg_acc'].mean:.2f} {mark}".strip() if method in own else "")
+        lines.append(f"| `{method}` | " + " | ".join(values) + " |")
+    best = []
+    for part, own in scores.items():
+        ceiling = own["mtl"]["avg_acc"].mean if "mtl" in own else None
+        others = {name: own[name]["avg_acc"].mean or 0 for name in own if name != "mtl"}
+        if ceiling and others:
+            name = max(others, key=lambda method: others[method])
+            best.append(f"{others[name] / ceiling:.0%} on `{part}` (`{name}`)")
+    return "\n".join([*lines, *(["", f"The best method reaches of `mtl`: {', '.join(best)}."] if best else [])]) + "\n"
+
+
 def page_text() -> str:
     """The page from the filled cells."""
     grids = "; ".join(f"{name} {', '.join(f'{r:g}' for r in tuner.rates)}" for name, tuner in TUNERS.items())
     changed = ", ".join(f"`{name}`" for name in sorted(SETTINGS))
     text = HEAD.format(grids=grids, share=SHARE, changed=changed)
-    for name, part in PARTS.items():
-        cells = cells_of(name)
-        if cells:
-            text += "\n".join(section(part, cells)) + "\n"
-    empty = [part.title for name, part in PARTS.items() if not cells_of(name)]
+    filled = {name: cells for name in PARTS if (cells := cells_of(name))}
+    text += glance(filled)
+    text += "".join("\n".join(section(PARTS[name], cells)) + "\n" for name, cells in filled.items())
+    empty = [part.title for name, part in PARTS.items() if name not in filled]
     if empty:
         text += "\n## Not measured yet\n\n" + "".join(f"- {title}\n" for title in empty)
     return text
