@@ -22,6 +22,8 @@ NOTES: dict[tuple[str, str], str] = {
     "the options and 'Answer:' with every example; without them 5 of 240 were (seed 0, penalty 1.0, 3 shots).",
     ("lists", "ssr"): "389 of 432 continuations were usable (three seeds). About half of those read (seed 1, dozens) "
     "have another task's kind of text: this model follows the form of a list more than what is in it.",
+    ("concept_1k", "migu"): "it keeps as little as `seq` (of earlier groups 0 to 3 %), and at its rate the first "
+    "groups are learned unevenly: 28 to 91 % of the first, by seed.",
     ("cl_benchmark", "o_lora"): "it learns each task better (New.ACC) and forgets as much: every task has other "
     "labels, and in the end every question of every task is answered with one of the last task's (seed 1), which "
     "orthogonal subspaces do not prevent: neither at the default --o_lora_lambda1 0.5 nor at 50 was any of 50 dbpedia "
