@@ -1,7 +1,10 @@
 """assets/RESULTS.md out of the files of assets/results: one JSON file a cell, nothing is computed twice."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from swift_cl.evaluation.statistics import Summary, summarise
 from swift_cl.io import read_json, write_text
@@ -14,47 +17,8 @@ METRICS = ("avg_acc", "forgetting", "new_acc")
 # What a method's paper claims of it, as a metric in which it is to be above `seq`; all others claim Avg.ACC.
 CLAIMS = {"single": "new_acc"}
 
-# Why a claim is not seen, or what it hangs on, as far as that was looked into.
-NOTES: dict[tuple[str, str], str] = {
-    ("cl_benchmark", "ssr"): "the base model has 17 M parameters and seldom continues a list of examples: for dbpedia "
-    "3 of 240 continuations were a question and an answer (seed 1; 7 of 240 with --ssr_repetition_penalty 1.0 after "
-    "another training), so that 3 rows were rehearsed in place of the 24 wanted. Measured when prompts still showed "
-    "the options and 'Answer:' with every example; without them 5 of 240 were (seed 0, penalty 1.0, 3 shots).",
-    ("lists", "ssr"): "389 of 432 continuations were usable (three seeds). About half of those read (seed 1, dozens) "
-    "have another task's kind of text: this model follows the form of a list more than what is in it.",
-    ("news", "o_lora"): "of `seq` at the same rate, 0.002, 20.11 (19.57 to 20.65) is left with New.ACC 74.46: its "
-    "higher rate is a part of the difference. The penalty is not the other part: without it (--o_lora_lambda1 0) 17.39 "
-    "(16.30 to 19.02) with New.ACC 69.20. A task's adapter that begins anew learns less in 72 steps than one that goes "
-    "on, and little of earlier years is left either way, so that Avg.ACC is about a quarter of New.ACC.",
-    ("news", "slao"): "as for `o_lora`: at its rate `seq` has 20.11; New.ACC is lower, and little of earlier years is "
-    "left either way.",
-    ("news", "ewc"): "the rate was chosen after two years, where it keeps the most (50.36 against 31.71). From the third "
-    "year on the default penalty outweighs the loss at that rate: the gradient's norm is 14 at step 10 (seed 1; clipped "
-    "at 1), the loss stays at 3.6, and no question of the third and fourth year is answered.",
-    ("news", "lwf"): "at its rate `seq` has 20.11 (19.57 to 20.65) and New.ACC 74.46: the two are alike here.",
-    ("news", "cia"): "at its rate `seq` has 20.11 (19.57 to 20.65) and New.ACC 74.46: the two are alike here.",
-    ("news", "migu"): "it moves fewer weights and learns less (New.ACC), and of earlier years as little is left as of "
-    "`seq`'s, so that Avg.ACC is about a quarter of New.ACC.",
-    ("news", "moe_lora"): "all experts go on learning: of earlier years as little is left as of `seq`'s, and New.ACC is "
-    "lower.",
-    ("news", "cl_moe"): "at a stage's end each expert keeps 70 % of what it was before (the default --cl_moe_gamma 0.7; "
-    "30 % where only the new task uses it), which undoes most of what was learned: at the end of training 94 to 97 % of "
-    "the tokens are right (second to fourth year, seed 1), after blending 2 to 13 % of the answers.",
-    ("news", "prog_prompt"): "a soft prompt learns slowly: in 72 steps its loss comes from 7.4 to 5.3 (first year, seed "
-    "1), that of `seq` from 7.8 to 0.2. Nothing is answered, at neither rate.",
-    ("concept_1k", "single"): "the groups have one form, so that `seq` learns every group better than the one before "
-    "(seed 1: 40.6, 84.4, 100, 100 % right after learning it), while a fresh adapter begins anew each time (40.6, 65.6, "
-    "31.2, 46.9 %).",
-    ("concept_1k", "sdft"): "its teacher is the model itself with a demonstration before its eyes, and this model of "
-    "17 M parameters does not make use of one: for 1 of 24 rows of the first group its answer held the demonstrated "
-    "one (3 of 24 without the closing line).",
-    ("concept_1k", "migu"): "it keeps as little as `seq` (of earlier groups 0 to 3 %), and at its rate the first "
-    "groups are learned unevenly: 28 to 91 % of the first, by seed.",
-    ("cl_benchmark", "o_lora"): "it learns each task better (New.ACC) and forgets as much: every task has other "
-    "labels, and in the end every question of every task is answered with one of the last task's (seed 1), which "
-    "orthogonal subspaces do not prevent: neither at the default --o_lora_lambda1 0.5 nor at 50 was any of 50 dbpedia "
-    "rows answered after amazon (seed 0).",
-}
+NOTES: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("notes.yaml").read_text())
+"""By part and method: why a claim is not seen, or what it hangs on."""
 
 WARM = (
     ", first tuned in full on lists of examples (`tests/benchmarks/results/warm_base.py`: other tasks, and questions "
@@ -132,7 +96,7 @@ def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         scores = [mean(own[name][metric]) for metric in METRICS]
         values = [f"`{name}`", f"{cell['learning_rate']:g}", *scores, *measured, verdict(name, own[name], seq)]
         lines.append("| " + " | ".join(values) + " |")
-    notes = [f"- `{name}`: {text}" for (where, name), text in NOTES.items() if where == part.name and name in cells]
+    notes = [f"- `{name}`: {text}" for name, text in NOTES.get(part.name, {}).items() if name in cells]
     lines += ["", *notes] if notes else []
     missing = [name for name in sorted(methods().keys() - cells.keys()) if fits(part, name)]
     if missing:
