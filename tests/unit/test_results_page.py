@@ -31,7 +31,7 @@ def test_every_cell_and_note_is_of_a_part_and_a_method() -> None:
 def test_a_method_that_is_below_seq_has_a_reason() -> None:
     for part in PARTS:
         mean = {method: fmean(cell["metrics"]["avg_acc"]) for method, cell in cells_of(part).items()}
-        below = {method for method in mean if mean[method] < mean["seq"]}
+        below = {method for method in mean if mean[method] < mean.get("seq", 0.0)}
         assert below <= NOTES.get(part, {}).keys(), f"{part}: look into it, then tests/benchmarks/results/notes.yaml"
 
 
