@@ -9,6 +9,9 @@ from swift_cl.errors import UserError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+LONG_WORK = 1000
+"""Texts from which on an encoder shows its bar."""
+
 
 def load_encoder(model: str, flag: str, way_out: str) -> "SentenceTransformer":
     """Load an encoder.

@@ -44,6 +44,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("SWIFT_CL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture
+def bars_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress bars are seen from their beginning."""
+    monkeypatch.setattr("swift_cl.progress.DELAY", 0.0)
+
+
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     """The tiny chat model that ships with the project."""

@@ -11,6 +11,7 @@ question. Nothing is stored where there is nothing to choose: one adapter, or a 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation.plan import Choice, Grid, Target, system_prompt
 from swift_cl.evaluation.store import AnswerStore
 from swift_cl.io import sha256_json
+from swift_cl.progress import progress_bar
 from swift_cl.serving.routing import Question, Routed, RouteJob, job_of, run_jobs
 from swift_cl.stream.benchmark import Task
 from swift_cl.stream.rows import Row
@@ -103,7 +105,8 @@ class Routes:
             if missing.jobs:
                 log = grid.run.dir / "logs" / "route.log"
                 notify(f"routing {len(missing.places)} questions of {grid.run.dir}, the log is {log}")
-                run_jobs(grid.run.model, grid.run.model_args, missing.jobs, log, missing.keep)
+                with progress_bar("routing", len(missing.places), "q") as bar:
+                    run_jobs(grid.run.model, grid.run.model_args, missing.jobs, log, partial(missing.keep, bar))
                 missing.check()
 
 
@@ -134,8 +137,9 @@ class _Missing:
                 assert target.stage is not None
                 self.jobs.append(job_of(target.stage, questions))
 
-    def keep(self, routed: Routed) -> None:
+    def keep(self, bar: Any, routed: Routed) -> None:
         """Store a choice wherever its question stands."""
+        bar.update()
         for place in self.places.pop(routed.key, []):
             place.store.append(
                 {

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from swift_cl.io import sha256_json
+from swift_cl.progress import with_bar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,6 +129,7 @@ class Engine(Protocol):
         """
 
 
-def one_by_one(engine: Engine, batches: Sequence[Batch], sampling: Sampling) -> list[list[Answer]]:
-    """`answer_batches` in this process."""
-    return [engine.answer(prompts, sampling, seeds) for prompts, seeds in batches]
+def one_by_one(engine: Engine, batches: Sequence[Batch], sampling: Sampling, shown: bool = True) -> list[list[Answer]]:
+    """`answer_batches` in this process, with a bar where it is shown."""
+    work = with_bar(batches, "generating", "batch", shown=shown)
+    return [engine.answer(prompts, sampling, seeds) for prompts, seeds in work]

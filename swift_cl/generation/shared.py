@@ -99,7 +99,7 @@ def _answers(engine: Engine, order: Mapping[str, Any], rank: int, size: int) -> 
     """This rank's answers."""
     sampling = Sampling(**{**order["sampling"], "stop": tuple(order["sampling"]["stop"])})
     own = [([Prompt.from_json(p) for p in b["prompts"]], b["seeds"]) for b in order["batches"][rank::size]]
-    return [[vars(answer) for answer in answers] for answers in one_by_one(engine, own, sampling)]
+    return [[vars(answer) for answer in answers] for answers in one_by_one(engine, own, sampling, rank == 0)]
 
 
 def _report(gather: Gather, action: Callable[[], Any]) -> tuple[list[dict[str, Any]], Exception | None]:

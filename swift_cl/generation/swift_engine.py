@@ -14,6 +14,7 @@ from torch import Tensor
 from swift_cl.errors import UserError
 from swift_cl.generation.engine import Answer, Batch, Prompt, Sampling, one_by_one
 from swift_cl.generation.steering import steered
+from swift_cl.progress import with_bar
 
 
 class SwiftEngine(ABC):
@@ -92,7 +93,7 @@ class TransformersEngine(SwiftEngine):
         tokenizer, model = self._plain.tokenizer, self.engine.model
         model.eval()
         found = []
-        for start in range(0, len(texts), 4):
+        for start in with_bar(range(0, len(texts), 4), "embedding", "batch"):
             ids = [tokenizer.encode(text)[: self.engine.max_model_len] or [0] for text in texts[start : start + 4]]
             width = max(map(len, ids))
             tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=model.device)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from swift_cl.methods.base import TaskContext, TrainingRow
+from swift_cl.progress import with_bar
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,8 @@ def prompt_embeddings(ctx: TaskContext, rows: Sequence[TrainingRow]) -> "torch.T
     batches = [range(start, min(start + _ROWS_AT_ONCE, len(rows))) for start in range(0, len(rows), _ROWS_AT_ONCE)]
     result: torch.Tensor | None = None
     with torch.no_grad(), ctx.statistics_mode():
-        for first in range(0, len(batches), ctx.world_size):
+        turns = range(0, len(batches), ctx.world_size)
+        for first in with_bar(turns, "embedding the questions", "batch", shown=ctx.rank == 0):
             # Under ZeRO-3 a forward needs all ranks, so one without a batch repeats the first and discards it.
             number = first + ctx.rank
             own = number if number < len(batches) else 0

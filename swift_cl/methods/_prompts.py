@@ -10,6 +10,7 @@ from swift_cl.methods._adapters import AdapterSwitch
 from swift_cl.methods._embeddings import _last_hidden
 from swift_cl.methods._routing import RouteContext, RouteRequest
 from swift_cl.methods.base import TaskContext, TrainingRow
+from swift_cl.progress import with_bar
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,8 @@ def over_rows(ctx: TaskContext, count: int, at_once: int, compute: "Callable[[li
     batches = [list(range(start, min(start + at_once, count))) for start in range(0, count, at_once)]
     result: Tensor | None = None
     with torch.no_grad(), ctx.statistics_mode():
-        for first in range(0, len(batches), ctx.world_size):
+        turns = range(0, len(batches), ctx.world_size)
+        for first in with_bar(turns, "looking at the questions", "batch", shown=ctx.rank == 0):
             # Under ZeRO-3 a forward needs all ranks, so one without a batch repeats the first and discards it.
             number = first + ctx.rank
             own = number if number < len(batches) else 0

@@ -16,6 +16,7 @@ from swift_cl.methods._draws import Key, permutation, seed32
 from swift_cl.methods._prompts import last_token_features, questions_alone, routed_features
 from swift_cl.methods._routing import Route, RouteContext, RouteRequest, largest
 from swift_cl.methods.base import Method, MethodConfig, Support, TaskContext, setting
+from swift_cl.progress import with_bar
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,10 @@ class DynamicConpet(Method):
         order = batches(sizes, batch, self.config.mix, self.name, ctx.seed, ctx.task)
         total = 0.0
         with ctx.statistics_mode(), torch.enable_grad():
-            for rows in islice(order, self.config.batch_limit):
+            limit = self.config.batch_limit
+            for rows in with_bar(
+                islice(order, limit), f"{self.name}: selector", "step", total=limit, shown=ctx.rank == 0
+            ):
                 own = rows[ctx.rank :: ctx.world_size]
                 gradients = [torch.zeros_like(parameter) for parameter in trained]
                 value = torch.zeros((), device=ctx.device)

@@ -13,6 +13,7 @@ from swift_cl.methods._answers import IGNORED, predicted, predicted_tokens, unla
 from swift_cl.methods._draws import permutation, seed32
 from swift_cl.methods._state import check_shapes, pack, shapes_of, unpack
 from swift_cl.methods.base import Gradients, Method, MethodConfig, Support, TaskContext, setting
+from swift_cl.progress import with_bar
 
 if TYPE_CHECKING:
     import torch
@@ -232,7 +233,8 @@ class Ewc(Method):
         weights = ctx.weights()
         squares = [torch.zeros_like(weights[name]) for name in names]
         with ctx.statistics_mode():
-            for first in range(0, len(rows), ctx.world_size):
+            turns = range(0, len(rows), ctx.world_size)
+            for first in with_bar(turns, "ewc: Fisher", "row", shown=ctx.rank == 0):
                 # Every rank does the same number of passes (ZeRO-3 gathers in each); a pass too many is not counted.
                 position = first + ctx.rank
                 index, row = rows[min(position, len(rows) - 1)]

@@ -18,6 +18,7 @@ from swift_cl.methods._selected import choose
 from swift_cl.methods._selection import kmeans_clusters, normalised
 from swift_cl.methods._synthesis import STOP, Demo, TaskFacts, read_demos
 from swift_cl.methods.base import EarlierTask, Method, TaskContext, TrainingRow, setting
+from swift_cl.sentence_encoder import LONG_WORK
 
 BY_MODEL = "model"
 WAY_OUT = "give a folder or an installed encoder, or --ssr_embedder model (mean hidden states of the base model)"
@@ -182,7 +183,8 @@ class Ssr(Method):
     def _embed(self, engine: Engine, texts: Sequence[str]) -> Any:
         if self.config.embedder == BY_MODEL:
             return engine.embed(texts)
-        return self._encoder().encode(list(texts), convert_to_numpy=True, show_progress_bar=False)
+        bar = len(texts) >= LONG_WORK
+        return self._encoder().encode(list(texts), convert_to_numpy=True, show_progress_bar=bar)
 
     def _encoder(self) -> Any:
         from swift_cl.sentence_encoder import load_encoder

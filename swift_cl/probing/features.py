@@ -11,6 +11,7 @@ from torch import Tensor
 from swift_cl.evaluation.plan import Grid, Target, system_prompt
 from swift_cl.io import atomic_write, sha256_json
 from swift_cl.methods._prompts import last_token_features
+from swift_cl.progress import with_bar
 from swift_cl.serving.routing.model import RouteModel, load_base
 from swift_cl.stream.benchmark import Task
 from swift_cl.stream.rows import Row
@@ -78,7 +79,7 @@ class Features:
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         found: dict[int, Tensor] = {}
         with model.model_with(folder) as ready, torch.no_grad():
-            for start in range(0, len(order), AT_ONCE):
+            for start in with_bar(range(0, len(order), AT_ONCE), "features", "batch"):
                 batch = order[start : start + AT_ONCE]
                 values = last_token_features(ready, [prompts[number] for number in batch], model.device)
                 found.update(zip(batch, values.cpu(), strict=True))

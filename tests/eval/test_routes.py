@@ -205,6 +205,14 @@ def load_stage_unchecked(folder: Path):
     return Stage(dir=folder, **value)
 
 
+@pytest.mark.usefixtures("bars_at_once")
+def test_routing_shows_how_far_it_is(make_run, router, capsys):
+    grid = load_grid(make_routed(make_run()), GridOptions())
+    routes.Routes("stage", {grid.run.dir: "base"}).fill([grid], print)
+    assert f"{len(QUESTIONS)}/{len(QUESTIONS)}" in (shown := capsys.readouterr().err)
+    assert "routing: 100%" in shown
+
+
 def test_a_dialogue_is_of_the_chosen_adapter_and_not_of_its_stage(make_run, router):
     """Of the second stage alone: in a whole run its questions for the first adapter are asked once for both stages."""
     from swift_cl.evaluation.questions import Stores, dialogues

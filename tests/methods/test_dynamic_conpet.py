@@ -143,6 +143,13 @@ def test_the_expert_and_the_base_are_not_touched(tmp_path: Path) -> None:
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.usefixtures("bars_at_once")
+def test_the_selector_shows_how_far_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learn(tmp_path, ["one", "two"], batch_limit=3)
+    assert "dynamic_conpet: selector: 100%" in (shown := capsys.readouterr().err)
+    assert "3/3" in shown
+
+
 def test_the_first_task_has_no_selector_and_keeps_questions_without_answers(tmp_path: Path) -> None:
     method, _ = learn(tmp_path, ["one"], memory=5)
     state = load_method_state(tmp_path / "one" / "cl_state", method.name)

@@ -93,6 +93,13 @@ def test_t2_empirical_fisher_squares_each_sample() -> None:
     assert fisher.tolist() != pytest.approx([0.032146, 0.059383], abs=1e-3)  # the squared batch mean
 
 
+@pytest.mark.usefixtures("bars_at_once")
+def test_the_fisher_shows_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    measured(Logistic(), LOGISTIC_ROWS)
+    assert "ewc: Fisher: 100%" in (shown := capsys.readouterr().err)
+    assert "3/3" in shown
+
+
 def test_t2_sampled_fisher_is_the_true_one() -> None:
     draws, total = 200_000, torch.zeros(2, dtype=torch.float64)
     for number, (x1, x2) in enumerate(((1.0, 0.0), (0.0, 2.0), (1.0, 1.0))):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from swift_cl.evaluation.scorers._library import cache_dir
 from swift_cl.io import atomic_write, sha256_json, sha256_tensors
+from swift_cl.sentence_encoder import LONG_WORK
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -96,16 +97,18 @@ class Embedder:
     def _encode(self, texts: Sequence[str]) -> Any:
         if self.chunks and any(self.is_long(text) for text in texts):
             return self._encode_in_chunks(texts)
-        return self.encoder.encode(
-            list(texts), convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False
-        )
+        return self._vectors_of(list(texts))
+
+    def _vectors_of(self, texts: list[str]) -> Any:
+        bar = len(texts) >= LONG_WORK
+        return self.encoder.encode(texts, convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=bar)
 
     def _encode_in_chunks(self, texts: Sequence[str]) -> Any:
         import numpy as np
 
         parts = [self._chunks(text) for text in texts]
         flat = [piece for pieces in parts for piece, _ in pieces]
-        vectors = self.encoder.encode(flat, convert_to_numpy=True, normalize_embeddings=True, show_progress_bar=False)
+        vectors = self._vectors_of(flat)
         found, start = [], 0
         for pieces in parts:
             own = vectors[start : start + len(pieces)]
