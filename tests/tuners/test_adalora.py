@@ -48,8 +48,8 @@ class FakeSession:
             watcher.after_step(ctx)
 
 
-def trained(steps: int = 6, session: FakeSession | None = None) -> Any:
-    """The small model after a stage of that many steps."""
+def trained(steps: int = 6, session: FakeSession | None = None, made: int | None = None) -> Any:
+    """The small model after a stage of that many steps, or after so many of them."""
     torch.manual_seed(0)
     model = get_peft_model(language_model(), config())
     model.peft_config["default"].cl_shares = (0.1, 0.3)
@@ -57,7 +57,7 @@ def trained(steps: int = 6, session: FakeSession | None = None) -> Any:
     args, state = SimpleNamespace(resume_from_checkpoint=None), SimpleNamespace(max_steps=steps, global_step=0)
     callback.on_train_begin(args, state, None, model=model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(steps):
+    for step in range(steps if made is None else made):
         model(input_ids=IDS, labels=IDS).loss.backward()
         session.step(model, optimizer, step) if session else optimizer.step()
         state.global_step = step
@@ -100,8 +100,9 @@ def test_number_of_trained_weights() -> None:
 )
 def test_schedule(steps: int, shares: tuple[float, float], first: int, last: int) -> None:
     found = config()
-    found.cl_shares = shares
+    found.cl_shares, found.rank_pattern = shares, {"q_proj": [True, False]}
     set_schedule(found, steps)
+    assert found.rank_pattern is None  # a new stage begins with all triplets
     assert (found.total_step, found.tinit, found.tfinal) == (steps, first, last)
 
 
@@ -116,6 +117,16 @@ def test_the_budget_is_met() -> None:
     assert kept(model) == 2 * MATRICES
     pattern = model.peft_config["default"].rank_pattern
     assert sum(sum(rows) for rows in pattern.values()) == 2 * MATRICES
+
+
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize(("made", "left"), [(1, 24), (2, 18), (3, 15)])
+def test_steps_are_counted_from_one(staged: bool, made: int, left: int) -> None:
+    """AdaLoRA, equation 12: 24 triplets, 12 to be left, 10 steps, of which the first and the last 3 take none away.
+
+    So 12 + 12 (1 - (t - 1) / 6)^3 = 24, 18.9, 15.6 are left after steps 1, 2, 3.
+    """
+    assert kept(trained(10, FakeSession() if staged else None, made)) == left
 
 
 def test_a_file_holds_all_triplets_and_the_next_task_can_use_them(tmp_path: Path) -> None:

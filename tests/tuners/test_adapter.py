@@ -35,17 +35,21 @@ def adapted(seed: int) -> Any:
     return model.eval()
 
 
-def test_output_by_hand() -> None:
-    """y = 2 x = (2, -4); D y + d = (2, -4 + 1) through ReLU is (2, 0); U of it plus u is (2, 4 + 1)."""
+@pytest.mark.parametrize(
+    ("act", "wanted"),
+    [("relu", [2.0 + 2.0, -4.0 + 5.0]), ("linear", [2.0 + 2.0 - 3.0 * 7.0, -4.0 + 4.0 - 3.0 * 7.0 + 1.0])],
+)
+def test_output_by_hand(act: str, wanted: list[float]) -> None:
+    """y = 2 x = (2, -4); D y + d = (2, -4 + 1), through ReLU (2, 0); U of it plus u is then (2, 4 + 1)."""
     base = nn.Linear(2, 2, bias=False)
-    layer = HoulsbyLayer(base, "default", config(length=2, hidden_size=2, act="relu"))
+    layer = HoulsbyLayer(base, "default", config(length=2, hidden_size=2, act=act))
     with torch.no_grad():
         base.weight.copy_(2 * torch.eye(2))
         layer.houlsby_down["default"].weight.copy_(torch.eye(2))
         layer.houlsby_down["default"].bias.copy_(torch.tensor([0.0, 1.0]))
         layer.houlsby_up["default"].weight.copy_(torch.tensor([[1.0, 7.0], [2.0, 7.0]]))
         layer.houlsby_up["default"].bias.copy_(torch.tensor([0.0, 1.0]))
-    assert layer(torch.tensor([[1.0, -2.0]])).tolist() == [[2.0 + 2.0, -4.0 + 5.0]]
+    assert layer(torch.tensor([[1.0, -2.0]])).tolist() == [wanted]
 
 
 def test_number_of_trained_weights() -> None:

@@ -101,6 +101,28 @@ def test_is_lora_with_one_expert_and_with_a_uniform_gate(experts: int, alpha: fl
         assert torch.equal(lora(IDS).logits, mixed(IDS).logits)
 
 
+def test_dropout_is_on_the_input_of_a_alone() -> None:
+    """The gate sees the whole input, as every token's router does."""
+    torch.manual_seed(0)
+    found = layer(4, 2, 4.0, inputs=5, outputs=3, lora_dropout=0.5)
+    a, b, router = torch.randn(4, 5), torch.randn(3, 4), torch.randn(2, 5)
+    set_weights(found, a, b, router)
+    x = torch.randn(6, 5)
+    torch.manual_seed(1)
+    dropped = torch.dropout(x, 0.5, True)
+    torch.manual_seed(1)
+    shares = (x @ router.T).softmax(-1).repeat_interleave(2, dim=-1)
+    assert torch.allclose(found.train()(x), (shares * (dropped @ a.T)) @ b.T, atol=1e-6)
+    assert torch.allclose(found.eval()(x), (shares * (x @ a.T)) @ b.T, atol=1e-6)
+
+
+def test_a_starts_at_a_hundredth() -> None:
+    torch.manual_seed(0)
+    weight = layer(8, 2, 8.0, inputs=500).moelora_A["default"].weight.detach()
+    assert float(weight.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(weight.std()) == pytest.approx(0.01, rel=0.1)
+
+
 def test_changes_nothing_at_first() -> None:
     base = language_model().eval()
     model = get_peft_model(language_model(), moelora_config()).eval()
@@ -149,11 +171,37 @@ def test_rows_of_one_batch_under_different_names(tmp_path: Path) -> None:
             base = model(IDS).logits
     assert torch.allclose(mixed[0], two[0], atol=1e-6)
     assert torch.allclose(mixed[1], base[1], atol=1e-6)
+    with torch.no_grad():
+        other_way = model(IDS, adapter_names=["__base__", "two"]).logits
+    assert torch.allclose(other_way[0], base[0], atol=1e-6)
+    assert torch.allclose(other_way[1], two[1], atol=1e-6)
     assert not torch.allclose(one, two, atol=1e-2)
     with pytest.raises(ValueError, match="adapters three are not loaded, there are: __base__, one, two"):
         model(IDS, adapter_names=["three"])
     with pytest.raises(ValueError, match="the model is in training mode"):
         model.train()(IDS, adapter_names=["one"])
+
+
+def test_rows_of_a_beam_search_keep_their_names(tmp_path: Path) -> None:
+    """Each row becomes as many as there are beams."""
+    model_with(moelora_config(), seed=1, std=2.0).save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(language_model(), str(tmp_path), adapter_name="one").eval()
+    how: dict[str, Any] = {"num_beams": 2, "do_sample": False, "max_new_tokens": 4, "pad_token_id": 0}
+    mixed = model.generate(input_ids=IDS, adapter_names=["one", "__base__"], **how)
+    with model.disable_adapter():
+        base = model.generate(input_ids=IDS, **how)
+    assert torch.equal(mixed[0], model.generate(input_ids=IDS, **how)[0])
+    assert torch.equal(mixed[1], base[1])
+    assert not torch.equal(mixed[0], base[0])
+
+
+def test_an_additional_adapter_is_not_trained() -> None:
+    """Neither in layers that have one already, nor in layers that get their first."""
+    model = get_peft_model(language_model(), moelora_config(target_modules=["q_proj"]))
+    model.add_adapter("two", moelora_config(target_modules=["q_proj", "v_proj"]))
+    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"default"}
+    assert any("v_proj" in name and ".two." in name for name, _ in model.named_parameters())
 
 
 def test_it_is_never_merged() -> None:

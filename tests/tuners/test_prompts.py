@@ -125,6 +125,18 @@ def test_what_is_kept_is_what_the_encoder_computes(tmp_path: Path) -> None:
     assert all(torch.equal(stored[f"encoder.{key}"], tensor) for key, tensor in live.items())
 
 
+def test_what_is_kept_is_computed_without_dropout(tmp_path: Path) -> None:
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=N, encoder_hidden_size=6, encoder_reparameterization_type="LSTM",
+        encoder_num_layers=2, encoder_dropout=0.5,
+    )  # fmt: skip
+    model = wrap(language_model(), config)
+    get_tuner("p_tuning").save(model.train(), tmp_path, None)
+    with torch.no_grad():
+        computed = encoder_of(model.eval())(torch.arange(N))
+    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"], computed)
+
+
 @ALL
 def test_saving_draws_no_random_numbers(tmp_path: Path, name: str) -> None:
     """A run that was saved in between must draw the same dropout afterwards as one that was not."""

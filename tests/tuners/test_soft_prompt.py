@@ -13,9 +13,11 @@ from torch import Tensor
 from swift_cl.errors import UserError
 from swift_cl.training.flags import check_method_flags
 from swift_cl.tuners.registry import get_tuner
+from swift_cl.tuners.soft_prompt import start
 from swift_cl.tuners.soft_prompt.layer import Prompt
 from swift_cl.tuners.soft_prompt.model import new_config, prompt_of
 from swift_cl.tuners.soft_prompt.placing import Placed, positions
+from swift_cl.tuners.soft_prompt.stacking import put_in_front
 from tests.support.soft_prompts import WIDTH, config, prompted, rows_of, sharp_model
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -186,6 +188,45 @@ class TestFile:
         for changes in ({"length": 0}, {"mlp": "mlp3"}, {"hidden_size": 0}, {"earlier": -1}, {"schema_version": 9}):
             with pytest.raises(ValueError, match=next(iter(changes))):
                 config(**changes)
+
+
+class TestStart:
+    @staticmethod
+    def started(monkeypatch: pytest.MonkeyPatch, init: str, seed: int) -> Tensor:
+        """The rows of a prompt of five, of a text with three tokens."""
+        monkeypatch.setattr(start, "tokens_of", lambda model, text: [7, 3, 9])
+        model = get_peft_model(sharp_model(), config(length=5))
+        start.start_at(model, init, "some text", seed)
+        return rows_of(model)
+
+    def test_at_the_tokens_of_a_text_from_its_beginning_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = sharp_model().get_input_embeddings().weight
+        assert torch.equal(self.started(monkeypatch, "text", 1), words[[7, 3, 9, 7, 3]])
+
+    def test_at_tokens_that_the_seed_draws(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        words = sharp_model().get_input_embeddings().weight
+        rows = self.started(monkeypatch, "vocab", 1)
+        assert all(bool((row == words).all(dim=1).any()) for row in rows)
+        assert len(rows.unique(dim=0)) > 1
+        assert torch.equal(rows, self.started(monkeypatch, "vocab", 1))
+        assert not torch.equal(rows, self.started(monkeypatch, "vocab", 2))
+
+    def test_a_text_without_a_token(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(start, "tokens_of", lambda model, text: [])
+        with pytest.raises(UserError, match="the text in which the prompt is to start has no token: ' '"):
+            start.start_at(get_peft_model(sharp_model(), config()), "text", " ", 0)
+
+
+def test_the_prompts_of_three_tasks_stand_the_newest_first() -> None:
+    """Each is frozen as it was computed when its task ended; the model reads new, second, first."""
+    model = get_peft_model(sharp_model(), config(length=2, mlp="none"))
+    start.set_rows(model, torch.full((2, WIDTH), 1.0))
+    put_in_front(model, seed=0)
+    start.set_rows(model, torch.full((2, WIDTH), 2.0))
+    put_in_front(model, seed=0)
+    start.set_rows(model, torch.full((2, WIDTH), 3.0))
+    assert rows_of(model)[:, 0].tolist() == [3.0, 3.0, 2.0, 2.0, 1.0, 1.0]
+    assert model.peft_config["default"].earlier == 4
 
 
 class TestFlags:
