@@ -123,10 +123,7 @@ class InjectedModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         self.check_target(target, current_key)
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # an additional adapter is not trained
-        self._replace_module(parent, target_name, layer, target)
+        self._replace_module(parent, target_name, self.tuner_layer_cls(target, adapter_name, peft_config), target)
 
     def _replace_module(self, parent: Any, child_name: str, new_module: Any, child: Any) -> None:
         # PEFT's own also hands on `weight`, which a module with several layers in it does not have.
