@@ -49,10 +49,12 @@ def test_o4_ranks():
     def work(ctx):
         groups = Groups(CHANNELS, WEIGHTS)
         groups.window(ctx, [batch(**rows[ctx.rank])])
-        return float(loss_of(ctx, groups, rows[ctx.rank])) * ctx.world_size  # the fake window_mean has no factor W
+        loss = float(loss_of(ctx, groups, rows[ctx.rank])) * ctx.world_size  # the fake window_mean has no factor W
+        return loss, ctx.logged["lamol_lm"]
 
     found = on_ranks(2, lambda rank, size: FakeContext(rank=rank, world_size=size), work)
-    assert sum(found) / 2 == pytest.approx(3.0)  # by local means 1.875
+    assert sum(loss for loss, _ in found) / 2 == pytest.approx(3.0)  # by local means 1.875
+    assert sum(logged for _, logged in found) / 2 == pytest.approx((2.0 + 4.0 + 6.0) / 3)
 
 
 def test_a_group_without_tokens_adds_nothing():

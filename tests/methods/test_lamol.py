@@ -1,13 +1,17 @@
 """lamol's rows: what is trained, what is asked of whom, what is read back (section 2 of the specification)."""
 
+import math
+
 import pytest
 
 from swift_cl.errors import UserError
 from swift_cl.generation.screen import Rejected
+from swift_cl.io import read_jsonl
 from swift_cl.methods._gen_rows import GenRows
 from swift_cl.methods.lamol import Lamol, LamolConfig
-from tests.support.fake_engine import said
-from tests.support.synthesised import kind_rows, stages
+from tests.support.fake_context import FakeContext
+from tests.support.fake_engine import Engines, FakeEngine, said
+from tests.support.synthesised import KeptText, kind_rows, stages
 
 
 def lamol(**settings):
@@ -53,7 +57,9 @@ def test_a_row_with_its_system_prompt():
     assert form.row(form.parse(row["messages"][2]["content"])) == {"messages": chat("be\nbrief", "A?", "b")}
 
 
-@pytest.mark.parametrize("text", ["no answer", "a\n__ans__\nb\n__ans__\nc", "a\n__ans__\nb\n__user__\nc"])
+@pytest.mark.parametrize(
+    "text", ["no answer", "s\n__user__\na\n__ans__\nb", "a\n__ans__\nb\n__ans__\nc", "a\n__ans__\nb\n__user__\nc"]
+)
 def test_text_that_is_no_row(text):
     with pytest.raises(Rejected, match="separators"):
         GenRows("t", "s").parse(text)
@@ -124,6 +130,7 @@ def test_one_prompt_for_all_tasks(tmp_path):
     asked = {prompt.messages[1]["content"] for prompt in ctx.engines.engines[ctx.earlier[-1].weights_dir].prompts}
     assert asked == {"__gen__"}
     assert len(by_channel(mixed, "pseudo/qa")) == 4
+    assert ctx.records["manifest"]["generated"] == {"all": 4}, "a mixture, not so many of each task"
     assert by_channel(mixed, "pseudo/lm")[0][2]["content"].startswith("__sys__\nany\n__user__\nquestion")
 
 
@@ -137,6 +144,76 @@ def test_answers_of_a_closed_set(tmp_path):
         found = stages(lamol(label_filter=label_filter), tmp_path / label_filter, ["one", "two"], rows=rows,
                        latest=lambda prompt, seed, left=left: left.pop(0))  # fmt: skip
         assert [messages[2]["content"] for messages in by_channel(found[1][0], "pseudo/qa")] == expected
+
+
+def test_settings_reach_the_engine(tmp_path):
+    """ceil(0.07 x 100) = 7 rows, where 0.07 as a float would give 8."""
+    backends = []
+
+    class Asked(KeptText):
+        def engine(self, weights, backend):
+            backends.append(backend)
+            return super().engine(weights, backend)
+
+    drawn = {"gen_temperature": 0.7, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.5, "max_new_tokens": 33}
+    settings = {"gamma": 0.07, "gen_backend": "vllm", "gen_batch_size": 4, "gen_seed": 3, **drawn}
+    rows = {"one": kind_rows("one", 20), "two": kind_rows("two", 100)}
+    seeds = []
+    for number, changes in enumerate(({}, {"gen_seed": -1})):
+        make = lamol(**{**settings, **changes})
+        found = stages(make, tmp_path / str(number), ["one", "two"], rows=rows, latest=inventive, context=Asked)
+        mixed, ctx, _ = found[1]
+        assert len(by_channel(mixed, "pseudo/qa")) == 7
+        calls = ctx.engines.engines[ctx.earlier[0].weights_dir].calls
+        (sampling,) = {sampling for _, sampling, _ in calls}
+        assert (sampling.temperature, sampling.top_k, sampling.top_p) == (0.7, 7, 0.9)
+        assert (sampling.repetition_penalty, sampling.max_new_tokens) == (1.5, 33)
+        assert [len(prompts) for prompts, _, _ in calls] == [3, 3, 3], "1.2 x 7 candidates, four at a time at most"
+        seeds.append(calls[0][2])
+    assert backends == ["vllm"] * 2
+    assert seeds[0] != seeds[1]
+
+
+def test_published_values():
+    config = LamolConfig()
+    assert (config.gamma, config.lambda_, config.token, config.sep_weight) == (0.2, 0.25, "task", 1.0)
+    assert (config.top_k, config.gen_temperature, config.top_p, config.label_filter) == (20, 1.0, 1.0, "auto")
+
+
+def test_rows_that_no_template_would_keep(tmp_path):
+    """At most 10 words. Of task one a question of 3 + 8 words is too long, its generation row of 2 + 8 is not; of task
+    two, without a system prompt, a question of 9 words fits and its generation row of 2 + 9 does not."""
+
+    class Short(KeptText):
+        max_words = 10
+
+    texts = {
+        "one": ["a b c d\n__ans__\ne f g h", "has <|end|>\n__ans__\nx", "has __user__\n__ans__\nx"],
+        "two": ["a b c d\n__ans__\ne f g h i", "fine\n__ans__\nx"],
+    }
+    say = lambda prompt, seed: said(texts[prompt.messages[1]["content"][-3:]].pop(0))  # noqa: E731
+    rows = {"one": kind_rows("one", 3, "three words here"), "two": kind_rows("two", 3, ""), "now": kind_rows("now", 3)}
+    states = stages(lamol(gamma=1.0), tmp_path / "before", ["one", "two"], rows=rows, latest=inventive)
+    ctx = Short(task="now", earlier=["one", "two"], state=states[1][2], folder=tmp_path)
+    engine = FakeEngine(say)
+    ctx.engines = Engines({tmp_path / "two" / "adapter": engine})
+    settings = {"gamma": 1.0, "min_fill": 0.0, "max_rounds": 1, "label_filter": "off"}
+    mixed = lamol(**settings)().prepare_task(ctx, rows["now"])
+    assert [messages[1]["content"] for messages in by_channel(mixed, "pseudo/qa")] == ["fine"]
+    dropped = [(line["source_task"], line["reason"]) for line in read_jsonl(ctx.generated_dir / "rejects.jsonl")]
+    inside = "separator_or_special_token_inside"
+    assert sorted(dropped) == [("one", inside), ("one", inside), ("one", "too_long"), ("two", "too_long")]
+
+
+@pytest.mark.parametrize("media", [{"images": ["a.png"]}, {"content": [{"type": "text", "text": "a"}]}])
+def test_a_task_with_images_is_refused(tmp_path, media):
+    rows = kind_rows("one", 3)
+    if "content" in media:
+        rows[1]["messages"][1] |= media
+    else:
+        rows[1] |= media
+    with pytest.raises(UserError, match="method 'lamol' generates text, but row 1 of task 'one' has"):
+        stages(lamol(), tmp_path, ["one"], rows={"one": rows})
 
 
 @pytest.mark.parametrize(
@@ -177,6 +254,8 @@ def test_separators_of_generation_rows_weigh_more():
     (scale,) = lamol(sep_weight=5.0)().required_flags().values()
     assert scale == "default+separator_weight_5.0"
     assert lamol()().required_flags() == {}
+    assert lamol(sep_weight=2.5)().required_flags() == {"loss_scale": "default+separator_weight_2.5"}
+    assert [lamol(sep_weight=weight)().weighs_tokens() for weight in (1.0, 2.5)] == [False, True]
     register_loss_scale(scale)
     kinds = [ContextType.OTHER, ContextType.RESPONSE, ContextType.SUFFIX]
 
@@ -190,18 +269,33 @@ def test_separators_of_generation_rows_weigh_more():
     assert scaled("A?", "x\n__ans__\nb") == (["A?", "x\n__ans__\nb", "<end>"], [0.0, 1.0, 1.0])
 
 
-def test_the_weighted_loss():
-    """L = (w_qa l_qa) + lambda (1 + 5 x 4 + 1) / 7 with token losses 1, 4, 1 of the generation row."""
-    import math
+def logits_of(losses):
+    """Two classes, label 0 with these losses."""
+    return [[0.0, math.log(math.exp(loss) - 1)] for loss in losses]
+
+
+def test_own_and_generated_rows_are_pooled():
+    """Questions: own 1 and 2, generated 3; generation: own 1, generated 2 and 6. L = 6 / 3 + 0.5 x 9 / 3 = 3.5."""
     from types import SimpleNamespace
 
     import torch
 
-    from tests.support.fake_context import FakeContext
+    method, ctx = lamol(lambda_=0.5)(), FakeContext()
+    channels = ["new/qa", "pseudo/qa", "new/lm", "pseudo/lm"]
+    labels = torch.tensor([[-100, 0, 0], [-100, 0, -100], [-100, 0, -100], [-100, 0, 0]])
+    losses = [[1, 2, 1], [3, 1, 1], [1, 1, 1], [2, 6, 1]]
+    method.train_begin(ctx)
+    ctx.channels = channels
+    method.window(ctx, [{"labels": labels, "channel": channels}])
+    outputs = SimpleNamespace(logits=torch.tensor([logits_of(own) for own in losses]))
+    assert float(method.loss(ctx, None, {"labels": labels}, None, outputs)) == pytest.approx(3.5)
 
-    def logits_of(losses):
-        """Two classes, label 0 with these losses."""
-        return [[0.0, math.log(math.exp(loss) - 1)] for loss in losses]
+
+def test_the_weighted_loss():
+    """L = (w_qa l_qa) + lambda (1 + 5 x 4 + 1) / 7 with token losses 1, 4, 1 of the generation row."""
+    from types import SimpleNamespace
+
+    import torch
 
     labels = torch.tensor([[-100, 0, 0, 0]])
     inputs = {"labels": labels, "channel": ["new/lm"], "loss_scale": torch.tensor([[0.0, 1.0, 5.0, 1.0]])}
