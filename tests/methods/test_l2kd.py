@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from swift_cl.errors import UserError
+from swift_cl.io import MethodState, sha256_file
 from swift_cl.methods.l2kd import L2kd, L2kdConfig
 from swift_cl.training.flags import config_from_flags, flag_values
 from swift_cl.training.phases import phase_argv
@@ -63,25 +64,59 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_new_rows(tmp_path):
     assert max(float(g.abs().max()) for g in gradients) > 1e-3, "generated rows keep their cross-entropy"
 
 
-def test_new_rows_are_distilled_and_generated_ones_are_not(tmp_path):
-    method, ctx, model = taught_stage(tmp_path, norm="group")
+@pytest.mark.parametrize(("temperature", "lm"), [(2.0, 0.25), (3.0, 0.5)])
+def test_new_rows_are_distilled_and_generated_ones_are_not(tmp_path, temperature, lm):
+    """T^2 (KL_QA + lambda KL_LM) of new rows and CE_QA + lambda CE_LM of generated ones, by plain formulas."""
+    method, ctx, model = taught_stage(tmp_path, norm="group", kd_temperature=temperature, lambda_=lm)
     moved(model)
     inputs = batch()
     total = loss_of(method, ctx, model, inputs, CHANNELS)
     given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         student, teacher = model(**given).logits[:, 2:5], continued(tmp_path)(**given).logits[:, 2:5]
-    log_q, log_p = (torch.log_softmax(z / 2, -1) for z in (student, teacher))
-    divergence = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
+    divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
     losses = torch.nn.functional.cross_entropy(
         student.flatten(0, 1), inputs["labels"][:, 3:].flatten(), reduction="none"
     )
     entropy = losses.view(4, 3).mean(1)
-    expected = divergence[0] + 0.25 * divergence[1] + entropy[2] + 0.25 * entropy[3]
+    expected = divergence[0] + lm * divergence[1] + entropy[2] + lm * entropy[3]
     assert total.item() == pytest.approx(expected.item())
     other = {**inputs, "labels": inputs["labels"].clone()}
     other["labels"][:2, 3:] = 5  # labels of new rows say where, not what
     assert loss_of(method, ctx, model, other, CHANNELS).item() == pytest.approx(expected.item())
+
+
+def test_the_teacher_is_asked_in_the_micro_batch_that_has_new_rows(tmp_path):
+    """A row without a channel is a new one."""
+    method, ctx, model = taught_stage(tmp_path, norm="group")
+    moved(model)
+    inputs, micro_batches = batch(), [None, ["pseudo/qa"] * 4]
+    method.window(ctx, [{**inputs, "channel": channels} for channels in micro_batches])
+    outputs, found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]), []
+    for ctx.channels in micro_batches:
+        method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+        found.append((ctx.logged["l2kd_new_qa"] > 1e-3, ctx.logged["l2kd_pseudo_qa"] > 1e-3))
+    assert found == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(("variant", "distils"), [("word", True), ("seq", False), ("seq_soft", True)])
+def test_which_variants_distil(tmp_path, variant, distils):
+    """The student is its teacher: distilled, new rows cost 0; under `seq` their tokens do."""
+    method, ctx, model = taught_stage(tmp_path, variant=variant, norm="group")
+    loss_of(method, ctx, model, batch(), CHANNELS)
+    assert (abs(ctx.logged["l2kd_new_qa"]) < 1e-6) is distils
+    assert ctx.logged["l2kd_pseudo_qa"] > 1
+    assert any("l2kd_teacher" in name for name, _ in model.named_parameters()) is distils
+
+
+def test_only_the_same_teacher_goes_on(tmp_path):
+    method, ctx, _ = taught_stage(tmp_path)
+    state = method.checkpoint_state(ctx)
+    assert state.meta == {"teacher_sha256": sha256_file(tmp_path / "t0" / "adapter" / "adapter_model.safetensors")}
+    method.restore_checkpoint(ctx, state)
+    with pytest.raises(UserError, match="the checkpoint was trained with another teacher: sha256 abc"):
+        method.restore_checkpoint(ctx, MethodState(meta={"teacher_sha256": "abc"}))
 
 
 def test_without_a_teacher_it_is_lamol(tmp_path):
@@ -139,6 +174,65 @@ def test_the_teachers_answers_take_the_place_of_the_given_ones(tmp_path, variant
     assert rows[0]["messages"][2]["content"] == "now kind 0", "the rows that statistics see are changed"
 
 
+class Lengths(KeptText):
+    """The answer of row i has i + 1 tokens."""
+
+    backends = ()
+
+    def encode(self, rows):
+        return [{**row, "labels": [-100, -100, *[1] * (i + 1)]} for i, row in enumerate(rows)]
+
+    def engine(self, weights, backend):
+        self.backends = (*self.backends, backend)
+        return super().engine(weights, backend)
+
+
+def answered(folder, engine, rows, **settings):
+    """(rows of a first stage, its context) under the variant `seq`."""
+    ctx = Lengths(task="now", folder=folder)
+    ctx.phases = {"teacher": folder / "teacher"}
+    ctx.engines = Engines({ctx.phases["teacher"]: engine})
+    return l2kd(**{"variant": "seq", "gen_batch_size": 8, **settings}).prepare_task(ctx, rows), ctx
+
+
+def test_how_the_teacher_is_asked(tmp_path):
+    """Answers of 1 to 20 tokens: 19 of 20 have at most 19, so ceil(1.5 x 19) = 29; of the longest it would be 30."""
+    engine, rows = FakeEngine(lambda prompt, seed: said("T")), kind_rows("now", 20)
+    _, ctx = answered(tmp_path / "a", engine, rows)
+    assert {sampling.max_new_tokens for _, sampling, _ in engine.calls} == {29}
+    assert [len(prompts) for prompts, _, _ in engine.calls] == [6, 7, 7], "eight at a time at most"
+    assert all([message["role"] for message in prompt.messages] == ["system", "user"] for prompt in engine.prompts)
+    assert ctx.backends == ("transformers",)
+    engine.calls.clear()
+    _, ctx = answered(tmp_path / "b", engine, rows, max_new_tokens=11, gen_backend="vllm")
+    assert {sampling.max_new_tokens for _, sampling, _ in engine.calls} == {11}
+    assert ctx.backends == ("vllm",)
+
+
+def test_an_answer_with_a_special_token_is_not_taken(tmp_path):
+    engine = FakeEngine(lambda prompt, seed: said("T <|end|>" if prompt.messages[1]["content"][-1] == "2" else "T"))
+    mixed, _ = answered(tmp_path, engine, kind_rows("now", 4))
+    assert [row["messages"][2]["content"] for row in mixed[:4]] == ["T", "T", "now kind 2", "T"]
+
+
+def test_answers_are_reused_where_nothing_else_was_asked(tmp_path):
+    def speaks(prompt, seed):
+        return said("T")
+
+    def calls(rows, name="teacher", **settings):
+        engine = FakeEngine(speaks, name)
+        answered(tmp_path, engine, rows, **settings)
+        return len(engine.calls)
+
+    rows = kind_rows("now", 4)
+    assert calls(rows) == 1
+    assert calls(rows) == 0
+    assert calls(kind_rows("then", 4)) == 1, "other questions"
+    assert calls(rows, "retrained") == 1, "another teacher"
+    assert calls(rows, num_beams=2) == 1, "another search"
+    assert calls(rows) == 0
+
+
 def test_word_needs_no_answers_of_the_teacher(tmp_path):
     ctx = KeptText(task="now", folder=tmp_path)
     ctx.phases = {"teacher": tmp_path / "teacher"}
@@ -155,11 +249,13 @@ def teacher_argv(argv):
 
 
 def test_flags_of_the_teachers_stage(tmp_path):
-    argv = stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", l2kd_lambda=0.5, l2kd_teacher_epochs=2.0)
+    settings = {"l2kd_lambda": 0.5, "l2kd_teacher_epochs": 2.0, "l2kd_token": "shared"}
+    argv = stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", **settings)
     own, folder = teacher_argv(argv)
     given = dict(zip(own[::2], own[1::2], strict=True))
     assert given["--cl_method"] == "lamol"
     assert given["--lamol_lambda"] == "0.5"
+    assert given["--lamol_token"] == "shared"
     assert given["--num_train_epochs"] == "2.0"
     assert given["--cl_task"] == "now"
     assert given["--output_dir"] == str(folder)
@@ -169,6 +265,18 @@ def test_flags_of_the_teachers_stage(tmp_path):
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", learning_rate=1.0))[1] != folder
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", l2kd_first_task="plain")) is None
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", l2kd_first_task="plain")) is not None
+
+
+def test_the_teacher_is_kept_where_asked():
+    assert [l2kd(keep_teacher=kept).keeps_phases() for kept in (False, True)] == [False, True]
+
+
+def test_published_values():
+    config = L2kdConfig()
+    assert (config.variant, config.kd_temperature, config.norm, config.first_task) == ("word", 2.0, "token", "distill")
+    assert (config.gamma, config.lambda_, config.top_k, config.num_beams, config.keep_teacher) == (
+        0.2, 0.25, 20, 1, False,
+    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ import torch
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, sha256_file
-from swift_cl.methods._frozen_teacher import FrozenTeacher, distilled_sums, rows_of_batch
+from swift_cl.methods._frozen_teacher import FrozenTeacher, asked_in, distilled_sums, is_generated, rows_of_batch
 from swift_cl.methods.lamol_kd import LamolKd, LamolKdConfig
 from tests.methods.test_lwf_teacher import Quiet
 from tests.support.fake_context import FakeContext
+from tests.support.ranks import on_ranks
 from tests.support.tiny_lora import continued, language_model, stage_adapter
 
 CHANNELS = ["new/qa", "new/lm", "pseudo/qa", "pseudo/lm"]
@@ -63,7 +64,7 @@ def batch(count=4):
 
 def second_stage(folder, **settings):
     model = continued(folder)
-    ctx = Quiet(model, task="t1", earlier=["t0"], folder=folder)
+    ctx = Quiet(model, task="t1", earlier=["gone", "t0"], folder=folder)
     method = lamol_kd(**settings)
     method.prepare_model(ctx, model)
     method.train_begin(ctx)
@@ -92,6 +93,8 @@ def test_dropout_is_the_students_alone(tmp_path):
     """O8: two passes of the teacher are equal bit for bit, and the student is what it was."""
     stage_adapter(tmp_path, lora_dropout=0.5)
     method, ctx, model = second_stage(tmp_path)
+    inner = model.get_base_model().model
+    inner.norm = torch.nn.Sequential(inner.norm, torch.nn.Dropout(0.5))  # a base model has dropout of its own
     before = {name: (p.requires_grad, p.clone()) for name, p in model.named_parameters()}
     modes = {name: module.training for name, module in model.named_modules()}
     inputs = batch()
@@ -103,6 +106,29 @@ def test_dropout_is_the_students_alone(tmp_path):
     assert any(p.requires_grad for p in model.parameters())
     loss_of(method, ctx, model, inputs, CHANNELS)
     assert ctx.logged["lamol_kd_pseudo_qa"] > 0
+
+
+def test_no_graph_of_the_teacher_is_kept(tmp_path):
+    """Gradient checkpointing makes embeddings ask for a gradient, though nothing in the teacher is trained."""
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    model.enable_input_require_grads()
+    assert not method._teacher.logits(ctx, batch()).requires_grad
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    inputs, ctx.channels = batch(), CHANNELS
+    method.window(ctx, [{**inputs, "channel": CHANNELS}])
+    with pytest.raises(UserError, match=r"the teacher's logits are \(2, 6, 64\) and the student's \(4, 6, 65\)"):
+        method.loss(ctx, model, inputs, torch.zeros(()), SimpleNamespace(logits=torch.zeros(4, 6, 65)))
+
+
+def test_published_values():
+    config = LamolKdConfig()
+    assert (config.weight, config.kd_temperature, config.hard_weight) == (1.0, 2.0, 0.0)
+    assert (config.gamma, config.lambda_, config.top_k, config.gen_temperature) == (0.2, 0.25, 20, 1.0)
 
 
 def moved(model):
@@ -129,27 +155,48 @@ def test_the_teacher_is_the_previous_adapter(tmp_path):
     assert method._teacher.sha256 == sha256_file(tmp_path / "t0" / "adapter" / "adapter_model.safetensors")
 
 
-def test_old_rows_are_distilled_and_new_ones_are_not(tmp_path):
-    """The value of all four parts against plain formulas; the labels of old rows do not matter, their places do."""
+@pytest.mark.parametrize(("temperature", "lm", "weight", "hard"), [(2.0, 0.25, 1.0, 0.0), (3.0, 0.5, 0.7, 2.0)])
+def test_old_rows_are_distilled_and_new_ones_are_not(tmp_path, temperature, lm, weight, hard):
+    """The value of all parts against plain formulas: CE_QA + lambda CE_LM of new rows, w T^2 (KL_QA + lambda KL_LM) and
+    h (CE_QA + lambda CE_LM) of old ones, whose labels without h do not matter, their places do."""
     stage_adapter(tmp_path)
-    method, ctx, model = second_stage(tmp_path, kd_temperature=2.0)
+    settings = {"kd_temperature": temperature, "lambda_": lm, "weight": weight, "hard_weight": hard}
+    method, ctx, model = second_stage(tmp_path, **settings)
     moved(model)
     inputs = batch()
     total = loss_of(method, ctx, model, inputs, CHANNELS)
     with torch.no_grad():
         given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         student, teacher = model(**given).logits[:, 2:5], continued(tmp_path)(**given).logits[:, 2:5]
-    log_q, log_p = (torch.log_softmax(z / 2, -1) for z in (student, teacher))
-    divergence = 4 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
+    log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
+    divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
     entropy = torch.nn.functional.cross_entropy(
         student.flatten(0, 1), inputs["labels"][:, 3:].flatten(), reduction="none"
     ).view(4, 3).mean(1)  # fmt: skip
-    assert float(total) == pytest.approx(float(entropy[0] + 0.25 * entropy[1] + divergence[2] + 0.25 * divergence[3]))
+    expected = entropy[0] + lm * entropy[1] + weight * (divergence[2] + lm * divergence[3])
+    expected += hard * (entropy[2] + lm * entropy[3])
+    assert float(total) == pytest.approx(float(expected))
+    if hard:
+        return
     other = {**inputs, "labels": inputs["labels"].clone()}
     other["labels"][2:, 3:] = 5
     assert float(loss_of(method, ctx, model, other, CHANNELS)) == pytest.approx(float(total))
     other["labels"][0, 3:] = 5
     assert float(loss_of(method, ctx, model, other, CHANNELS)) != pytest.approx(float(total))
+
+
+def test_the_teacher_is_asked_in_the_micro_batch_that_has_old_rows(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    moved(model)
+    inputs, micro_batches = batch(), [["pseudo/qa"] * 4, ["new/qa"] * 4]
+    method.window(ctx, [{**inputs, "channel": channels} for channels in micro_batches])
+    outputs, found = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]), []
+    for ctx.channels in micro_batches:
+        method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+        found.append(ctx.logged["lamol_kd_pseudo_qa"])
+    assert found[0] > 1e-3
+    assert found[1] == 0
 
 
 def test_the_teacher_sees_only_lines_with_old_rows(tmp_path):
@@ -171,9 +218,24 @@ def test_the_teacher_sees_only_lines_with_old_rows(tmp_path):
     method.window(ctx, [{**inputs, "channel": ["pseudo/qa"] * 4}])
     ctx.channels = ["new/qa"] * 4
     outputs = SimpleNamespace(logits=torch.randn(4, 6, 64))
-    method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+    total = method.loss(ctx, model, inputs, torch.zeros(()), outputs)
     assert seen == [1, 1]
     assert ctx.logged["lamol_kd_pseudo_qa"] == 0
+    entropy = torch.nn.functional.cross_entropy(
+        outputs.logits[:, 2:5].flatten(0, 1), inputs["labels"][:, 3:].flatten(), reduction="sum"
+    )
+    assert float(total) == pytest.approx(float(entropy)), "of that line nothing is distilled"
+
+
+def test_every_rank_knows_where_the_teacher_is_asked():
+    """Rank 1 has an old row in the second of three micro-batches, rank 0 one in the third."""
+    channels = [[["new/qa"], None, ["pseudo/lm"]], [["new/lm"], ["new/qa", "pseudo/qa"], ["new/qa"]]]
+
+    def work(ctx):
+        return asked_in(ctx, [{"channel": own} for own in channels[ctx.rank]], is_generated)
+
+    found = on_ranks(2, lambda rank, size: FakeContext(rank=rank, world_size=size), work)
+    assert found == [[False, True, True]] * 2
 
 
 def test_lines_of_a_batch():
