@@ -1,5 +1,6 @@
 """lfpt5: its loss by hand, its teacher, types and their prompts, what is generated and kept (section 6)."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swift_cl.errors import UserError
+from swift_cl.generation.engine import Answer, Prompt
 from swift_cl.io import MethodState, sha256_file
 from swift_cl.methods._gen_rows import TaskMeta
 from swift_cl.methods.lfpt5 import Lfpt5, Lfpt5Config
@@ -18,6 +20,7 @@ from swift_cl.tuners.soft_prompt.model import prompt_of
 from tests.methods.test_lwf_teacher import Quiet
 from tests.support.fake_context import FakeContext
 from tests.support.fake_engine import Engines, FakeEngine, in_order, said
+from tests.support.ranks import on_ranks
 from tests.support.soft_prompts import prompted, sharp_model
 
 TUNER = get_tuner("soft_prompt")
@@ -58,6 +61,27 @@ def test_the_loss_by_hand(combine: str, expected: float) -> None:
     total = total + method.divergence_term(ctx, torch.tensor(0.1 + 0.2 + 0.3))
     assert float(total) == pytest.approx(expected)
     assert ctx.logged["lfpt5_kl"] == pytest.approx(0.3 if combine == "paper" else 0.6)
+
+
+def test_the_divergence_is_a_mean_over_the_generated_rows_of_a_step() -> None:
+    """Three question rows over two ranks of two micro-batches, their divergences .1, .2 and .6: a mean of .3; the
+    generation row beside them is none of them."""
+    channels = [[["pseudo/qa", "new/qa"], ["pseudo/qa", "new/lm"]], [["new/qa", "new/lm"], ["pseudo/lm", "pseudo/qa"]]]
+    sums = [[0.1, 0.2], [0.0, 0.6]]
+
+    def work(ctx: FakeContext) -> list[tuple[float, float]]:
+        method = lfpt5(lambda_kl=2.0)
+        method.train_begin(ctx)
+        labels = torch.ones(2, 2, dtype=torch.long)
+        method.window(ctx, [{"labels": labels, "channel": own} for own in channels[ctx.rank]])
+        terms = [method.divergence_term(ctx, torch.tensor(own)).item() for own in sums[ctx.rank][:1]]
+        logged = ctx.logged["lfpt5_kl"]
+        terms += [method.divergence_term(ctx, torch.tensor(own)).item() for own in sums[ctx.rank][1:]]
+        return list(zip(terms, (logged, ctx.logged["lfpt5_kl"]), strict=True))
+
+    found = [pair for own in on_ranks(2, lambda r, size: FakeContext(rank=r, world_size=size), work) for pair in own]
+    assert sum(term for term, _ in found) == pytest.approx(2 * 0.3)
+    assert sum(logged for _, logged in found) / 4 == pytest.approx(0.3)
 
 
 def test_without_generated_rows_there_is_no_divergence() -> None:
@@ -132,6 +156,64 @@ def test_the_divergence_is_that_of_generated_questions_alone(tmp_path: Path) -> 
     assert float(plain) == pytest.approx(ctx.logged["lfpt5_qa"] + 2 * float(wanted), rel=1e-4)
 
 
+def test_the_old_prompt_is_asked_in_the_micro_batch_that_has_generated_questions(tmp_path: Path) -> None:
+    method, ctx, model = second_stage(tmp_path)
+    with torch.no_grad():
+        prompt_of(model).embedding.add_(0.3)
+    inputs, micro_batches, found = batch(), (["pseudo/qa"] * 5, ["pseudo/lm"] * 5), []
+    method.window(ctx, [{**inputs, "channel": channels} for channels in micro_batches])
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    for channels in micro_batches:
+        ctx.channels = list(channels)
+        ctx.logged.clear()
+        method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+        found.append(ctx.logged.get("lfpt5_kl", 0.0) > 1e-3)
+    assert found == [True, False]
+
+
+def test_without_weight_there_is_no_second_forward(tmp_path: Path) -> None:
+    method, ctx, _ = second_stage(tmp_path, lambda_kl=0.0)
+    assert method._teacher is None
+    assert method.checkpoint_state(ctx) is None
+
+
+def test_only_the_same_old_prompt_goes_on(tmp_path: Path) -> None:
+    method, ctx, _ = second_stage(tmp_path)
+    kept = method.checkpoint_state(ctx)
+    assert kept is not None
+    method.restore_checkpoint(ctx, kept)
+    with pytest.raises(UserError, match="the checkpoint was trained with another teacher: sha256 abc"):
+        method.restore_checkpoint(ctx, MethodState(meta={"teacher_sha256": "abc"}))
+
+
+class TestStart:
+    def tokens(self, rows: list[dict[str, Any]], seed: int = 0, task: str = "one", **settings: Any) -> list[int]:
+        ctx = FakeContext(task=task, seed=seed)
+        ctx.rows = rows
+        return lfpt5(**settings)._first_tokens(ctx)
+
+    def test_every_token_of_the_rows_as_often(self) -> None:
+        rows = [{"input_ids": [5, 6, 9, 9, 8], "labels": [-100, -100, 9, 9, 8]}]
+        assert Counter(self.tokens(rows, prompt_length=1024)) == dict.fromkeys((5, 6, 8, 9), 256)
+
+    def test_the_most_frequent_answer_first(self) -> None:
+        """9 twice and 8 once in answers; 5, read three times, is in none."""
+        rows = [{"input_ids": [5, 5, 5, 9, 9, 8], "labels": [-100, -100, -100, 9, 9, 8]}]
+        assert self.tokens(rows, init="labels", prompt_length=2) == [9, 8]
+        assert 5 in self.tokens(rows, init="labels", prompt_length=6)[2:]
+
+    def test_the_most_frequent_5000_in_an_order_of_the_seed(self) -> None:
+        """Tokens 1000 to 5999 are read twice, 0 to 999 once."""
+        rows = [{"input_ids": list(range(6000)), "labels": []}, {"input_ids": list(range(1000, 6000)), "labels": []}]
+        found = self.tokens(rows, prompt_length=1000)
+        assert min(found) >= 1000
+        assert len(set(found)) == 1000
+        assert found != sorted(found)
+        assert found == self.tokens(rows, prompt_length=1000)
+        assert found != self.tokens(rows, seed=1, prompt_length=1000)
+        assert found != self.tokens(rows, task="two", prompt_length=1000)
+
+
 class TestRows:
     def prepared(
         self, folder: Path, engine: FakeEngine, known: MethodState, which: str, **settings: Any
@@ -154,6 +236,21 @@ class TestRows:
         assert any("only 3 of 4 rows" in line and "label_full 1" in line for line in ctx.notices)
         assert any("label_set 1" in line for line in ctx.notices)
         assert {prompt.messages[1]["content"] for prompt in engine.prompts} == {"__gen__:old"}
+
+    def test_three_of_each_label(self, tmp_path: Path) -> None:
+        """Of a, a, a, a, b, b, b, b the first three of each."""
+        answers = iter(enumerate("aaaabbbb"))
+
+        def speaks(prompt: Prompt, seed: int) -> Answer:
+            number, label = next(answers)
+            return said(f"x{number}\n__ans__\n{label}")
+
+        known = state({"old": "news"}, old=TaskMeta("old", 20, "", ["a", "b"]))
+        _, _, rows = self.prepared(tmp_path, FakeEngine(speaks), known, "old", num_per_class=3, max_rounds=1)
+        kept = [r["messages"] for r in rows if r["channel"] == "pseudo/qa"]
+        assert [(m[1]["content"], m[2]["content"]) for m in kept] == [
+            ("x0", "a"), ("x1", "a"), ("x2", "a"), ("x4", "b"), ("x5", "b"), ("x6", "b"),
+        ]  # fmt: skip
 
     def test_only_domains_of_the_type_are_generated_by_its_own_prompt(self, tmp_path: Path) -> None:
         numbers = iter(range(100))
@@ -282,3 +379,11 @@ class TestFlags:
     def test_they_become_the_tuners(self) -> None:
         given = flag_values(complete_flags(["--model", "m", "--cl_method", "lfpt5", "--cl_task", "t"]))
         assert (given["tuner_type"], given["soft_prompt_length"]) == (["soft_prompt"], ["300"])
+        assert given["soft_prompt_mlp"] == ["none"]
+        assert lfpt5(prompt_length=17).required_flags()["soft_prompt_length"] == "17"
+
+    def test_published_values(self) -> None:
+        config = Lfpt5Config()
+        assert (config.lambda_lm, config.lambda_kl, config.combine, config.init) == (0.25, 0.01, "paper", "vocab")
+        assert (config.prompt_length, config.num_per_class, config.num_per_task, config.fkt) == (300, 2, 4, False)
+        assert (config.top_k, config.repetition_penalty, config.max_new_tokens) == (64, 2.5, 256)
