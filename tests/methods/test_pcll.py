@@ -533,7 +533,7 @@ class TestRows:
         codes = torch.stack([code(method, "t0", number) for number in range(300)])
         assert float(codes.mean()) == pytest.approx(1.0, abs=0.3)
         assert float(codes.std()) == pytest.approx(2.0, abs=0.2)
-        assert torch.equal(codes[7], code(stage("t2"), "t0", 7))
+        assert torch.allclose(codes[7], code(stage("t2"), "t0", 7), atol=1e-3)
         others = [code(stage("t3"), "t0", 7), code(stage("t2", gen_seed=5), "t0", 7), code(method, "t1", 7)]
         assert not any(torch.allclose(codes[7], other, atol=1e-3) for other in (*others, codes[8]))
 
