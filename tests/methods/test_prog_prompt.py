@@ -14,7 +14,7 @@ from swift_cl.training.flags import check_method_flags, complete_flags, flag_val
 from swift_cl.tuners.registry import get_tuner
 from swift_cl.tuners.soft_prompt.layer import SoftPromptLayer
 from swift_cl.tuners.soft_prompt.model import new_config, prompt_of
-from swift_cl.tuners.soft_prompt.stacking import config_of, stored_rows
+from swift_cl.tuners.soft_prompt.stacking import config_of, rows_sha256, stored_rows
 from swift_cl.tuners.soft_prompt.start import start_at
 from tests.support.fake_context import FakeContext
 from tests.support.soft_prompts import rows_of, sharp_model
@@ -25,7 +25,7 @@ TASKS = ("one", "two", "three")
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
 
 
-def begin(folder: Path, number: int, **settings: Any) -> tuple[ProgPrompt, FakeContext, Any]:
+def begin(folder: Path, number: int, seed: int = 0, **settings: Any) -> tuple[ProgPrompt, FakeContext, Any]:
     """Task number `number` (from 0), as the training starts it."""
     from peft import get_peft_model
 
@@ -36,7 +36,7 @@ def begin(folder: Path, number: int, **settings: Any) -> tuple[ProgPrompt, FakeC
     else:
         model = get_peft_model(sharp_model(), new_config(sharp_model(), config))
         start_at(model, config.init, config.init_text, 0)
-    ctx = FakeContext(model, task=task, earlier=TASKS[:number], folder=folder)
+    ctx = FakeContext(model, task=task, earlier=TASKS[:number], folder=folder, seed=seed)
     ctx.model = method.prepare_model(ctx, model)
     return method, ctx, ctx.model
 
@@ -171,6 +171,38 @@ def test_a_new_prompt_starts_at_embeddings_of_the_vocabulary(tmp_path: Path) -> 
     assert torch.equal(starts[0], starts[1])
 
 
+def test_another_task_or_seed_starts_elsewhere(tmp_path: Path) -> None:
+    chain(tmp_path, 2, mlp="none")
+    starts = [prompt_of(begin(tmp_path, number, seed)[2]).embedding for number, seed in ((1, 0), (2, 0), (1, 1))]
+    assert not any(torch.equal(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_every_task_starts_at_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = "swift_cl.tuners.soft_prompt.start.tokens_of"
+    monkeypatch.setattr(target, lambda model, text: [7, 3] if text == "some text" else [])
+    settings = {"init": "text", "init_text": "some text"}
+    chain(tmp_path, 1, **settings)
+    model = begin(tmp_path, 1, **settings)[2]
+    assert torch.equal(prompt_of(model).embedding, sharp_model().get_input_embeddings().weight[[7, 3]])
+
+
+def test_hashes_are_of_each_tasks_own_prompt(tmp_path: Path) -> None:
+    """The newest rows stand first in the file; what was noted of a task stays."""
+    found = []
+    for number in range(3):
+        method, ctx, model = begin(tmp_path, number)
+        train(model)
+        found.append(finish(method, ctx).meta["prompts"])
+    three = stored_rows(tmp_path / "three" / "adapter")
+    assert found[0] == {"one": rows_sha256(three[4:])}
+    assert found[1] == {**found[0], "two": rows_sha256(three[2:4])}
+    assert found[2] == {**found[1], "three": rows_sha256(three[:2])}
+
+
+def test_one_rank_reads_what_was_written() -> None:
+    assert ProgPrompt(ProgPromptConfig()).end_task(FakeContext(rank=1, world_size=2)) is None
+
+
 def test_a_resumed_task_gets_no_second_prompt(tmp_path: Path) -> None:
     chain(tmp_path, 1)
     method, ctx, model = begin(tmp_path, 1)
@@ -205,6 +237,13 @@ def test_a_chain_of_another_method_is_not_continued(tmp_path: Path) -> None:
     config_of(model).tasks = []
     TUNER.save(model, tmp_path / "one" / "adapter", None)
     with pytest.raises(UserError, match="has the prompts of no task, but the stages before are one"):
+        begin(tmp_path, 1)
+
+
+def test_a_prompt_whose_training_did_not_end_is_not_continued(tmp_path: Path) -> None:
+    """Its MLP would be lost: what is put in front is P, and the model was trained with P'."""
+    TUNER.save(begin(tmp_path, 0)[2], tmp_path / "one" / "adapter", None)
+    with pytest.raises(UserError, match="method 'prog_prompt' continues its own stages only"):
         begin(tmp_path, 1)
 
 
@@ -243,4 +282,15 @@ class TestFlags:
         found = {flag: given[flag] for flag in ("tuner_type", "soft_prompt_length", "soft_prompt_init_text")}
         assert found == {"tuner_type": ["soft_prompt"], "soft_prompt_length": ["7"], "soft_prompt_init_text": ["a b"]}
         assert given["soft_prompt_layer_norm"] == ["true"]
+        assert given["soft_prompt_init"] == ["text"]
         assert given["weight_decay"] == ["1e-5"]
+        shape = {"length": 7, "mlp": "mlp2", "bottleneck": 9, "layer_norm": False}
+        assert ProgPrompt(ProgPromptConfig(**shape)).required_flags() == {
+            "tuner_type": "soft_prompt", "soft_prompt_length": "7", "soft_prompt_mlp": "mlp2",
+            "soft_prompt_bottleneck": "9", "soft_prompt_layer_norm": "false", "soft_prompt_init": "vocab",
+        }  # fmt: skip
+
+    def test_published_values(self) -> None:
+        config = ProgPromptConfig()
+        assert (config.length, config.mlp, config.bottleneck, config.layer_norm) == (10, "mlp1", 800, True)
+        assert (config.init, config.max_total) == ("vocab", 2048)
