@@ -10,7 +10,7 @@ from swift_cl.io import MethodState, sha256_file
 from swift_cl.methods.l2kd import L2kd, L2kdConfig
 from swift_cl.training.flags import config_from_flags, flag_values
 from swift_cl.training.phases import phase_argv
-from tests.methods.test_lamol_kd import CHANNELS, batch, moved
+from tests.methods.test_lamol_kd import CHANNELS, batch, moved, sharpened
 from tests.methods.test_lwf_teacher import Quiet
 from tests.support.fake_context import FakeContext
 from tests.support.fake_engine import Engines, FakeEngine, said
@@ -68,12 +68,12 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_new_rows(tmp_path):
 def test_new_rows_are_distilled_and_generated_ones_are_not(tmp_path, temperature, lm):
     """T^2 (KL_QA + lambda KL_LM) of new rows and CE_QA + lambda CE_LM of generated ones, by plain formulas."""
     method, ctx, model = taught_stage(tmp_path, norm="group", kd_temperature=temperature, lambda_=lm)
-    moved(model)
+    moved(sharpened(model))
     inputs = batch()
     total = loss_of(method, ctx, model, inputs, CHANNELS)
     given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
-        student, teacher = model(**given).logits[:, 2:5], continued(tmp_path)(**given).logits[:, 2:5]
+        student, teacher = model(**given).logits[:, 2:5], sharpened(continued(tmp_path))(**given).logits[:, 2:5]
     log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
     divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
     losses = torch.nn.functional.cross_entropy(
@@ -81,6 +81,8 @@ def test_new_rows_are_distilled_and_generated_ones_are_not(tmp_path, temperature
     )
     entropy = losses.view(4, 3).mean(1)
     expected = divergence[0] + lm * divergence[1] + entropy[2] + lm * entropy[3]
+    assert min(divergence[:2].tolist()) > 0.01
+    assert ctx.logged["l2kd_new_qa"] == pytest.approx(divergence[0].item(), rel=1e-4)
     assert total.item() == pytest.approx(expected.item())
     other = {**inputs, "labels": inputs["labels"].clone()}
     other["labels"][:2, 3:] = 5  # labels of new rows say where, not what

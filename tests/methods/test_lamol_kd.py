@@ -131,6 +131,13 @@ def test_published_values():
     assert (config.gamma, config.lambda_, config.top_k, config.gen_temperature) == (0.2, 0.25, 20, 1.0)
 
 
+def sharpened(model):
+    """The model with logits so far apart that a temperature changes more than the last digits."""
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight.mul_(50)
+    return model
+
+
 def moved(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -162,12 +169,12 @@ def test_old_rows_are_distilled_and_new_ones_are_not(tmp_path, temperature, lm, 
     stage_adapter(tmp_path)
     settings = {"kd_temperature": temperature, "lambda_": lm, "weight": weight, "hard_weight": hard}
     method, ctx, model = second_stage(tmp_path, **settings)
-    moved(model)
+    moved(sharpened(model))
     inputs = batch()
     total = loss_of(method, ctx, model, inputs, CHANNELS)
     with torch.no_grad():
         given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        student, teacher = model(**given).logits[:, 2:5], continued(tmp_path)(**given).logits[:, 2:5]
+        student, teacher = model(**given).logits[:, 2:5], sharpened(continued(tmp_path))(**given).logits[:, 2:5]
     log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (student, teacher))
     divergence = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean(1)
     entropy = torch.nn.functional.cross_entropy(
@@ -175,7 +182,9 @@ def test_old_rows_are_distilled_and_new_ones_are_not(tmp_path, temperature, lm, 
     ).view(4, 3).mean(1)  # fmt: skip
     expected = entropy[0] + lm * entropy[1] + weight * (divergence[2] + lm * divergence[3])
     expected += hard * (entropy[2] + lm * entropy[3])
-    assert float(total) == pytest.approx(float(expected))
+    assert min(divergence[2:].tolist()) > 0.01
+    assert ctx.logged["lamol_kd_pseudo_qa"] == pytest.approx(divergence[2].item(), rel=1e-4)
+    assert total.item() == pytest.approx(expected.item())
     if hard:
         return
     other = {**inputs, "labels": inputs["labels"].clone()}
