@@ -15,6 +15,7 @@ from swift_cl.methods._prompts import mean_nll, over_rows, span_of_question
 from swift_cl.methods._routing import Candidate, RouteRequest
 from swift_cl.methods.adapter_cl import AdapterCl, AdapterClConfig
 from tests.support.fake_context import FakeContext
+from tests.support.ranks import on_ranks
 from tests.support.route_model import make_adapters, make_router
 from tests.support.tiny_lora import language_model
 
@@ -194,3 +195,14 @@ def test_rows_are_dealt_to_ranks_in_whole_batches() -> None:
         parts.append(over_rows(ctx, 5, 2, compute))
     assert seen == [(0, (0, 1)), (0, (4,)), (1, (2, 3)), (1, (0, 1))]  # the last one is discarded
     assert (parts[0] + parts[1]).flatten().tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_every_rank_has_the_rows_of_all() -> None:
+    def work(ctx: FakeContext) -> list[list[float]]:
+        found: list[list[float]] = over_rows(
+            ctx, 5, 2, lambda batch: torch.tensor([[float(i)] for i in batch])
+        ).tolist()
+        return found
+
+    found = on_ranks(2, lambda rank, size: FakeContext(rank=rank, world_size=size), work)
+    assert found == [[[0.0], [1.0], [2.0], [3.0], [4.0]]] * 2
