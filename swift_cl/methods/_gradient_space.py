@@ -40,7 +40,7 @@ def grown(
     gains = singular.square()
     wanted = eps * total * (1 - _ROUNDING)
     count = 0
-    while count < len(gains) and explained < wanted and gains[count] > 0:
+    while count < len(gains) and explained < wanted:
         explained = explained + gains[count]
         count += 1
     joined = torch.cat([base, right[:count].T], dim=1)

@@ -115,7 +115,6 @@ class Gorp(Method):
         self._energies: dict[str, Tensor] = {}  # of its columns, [s]
         self._moments: dict[str, Tensor] = {}  # of this task, [rank, in], fp32
         self._sketches: dict[str, Sketch] = {}
-        self._handles: list[Any] = []
         self._full_ranks: dict[str, int] = {}  # of the kept adapter, by layer
 
     def supports(self) -> Support:
@@ -136,7 +135,7 @@ class Gorp(Method):
             for module in model.modules():
                 name = names.get(id(getattr(module, "weight", None)))
                 if name is not None and self._spaces.get(name, torch.zeros(0)).numel():
-                    self._handles.append(module.register_forward_hook(_projecting(self._spaces[name])))
+                    module.register_forward_hook(_projecting(self._spaces[name]))
         return model
 
     def train_begin(self, ctx: TaskContext) -> None:
@@ -237,8 +236,6 @@ class Gorp(Method):
         return {**self._history.config(config), **self._full.patterns(self._full_ranks)}
 
     def end_task(self, ctx: TaskContext) -> MethodState:
-        for handle in self._handles:
-            handle.remove()
         if self.config.space == "moment":
             seen = self._moments | {layer.name: layer.moment() for layer in self._full.layers.values()}
         else:

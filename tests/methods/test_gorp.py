@@ -84,6 +84,25 @@ def test_the_limit_lets_the_weakest_directions_go() -> None:
     assert torch.allclose(space, torch.eye(3)[:, 1:], atol=1e-6)
     assert energy.tolist() == pytest.approx([4.0, 1.0])
     assert share == pytest.approx(5 / 5.5)
+    # A strong old direction stays, the weakest new one goes, and what is left keeps the order of learning.
+    space, energy, share = grown(E1, torch.tensor([2.0]), M, 0.99, 2)
+    assert torch.allclose(space, torch.eye(3)[:, :2], atol=1e-6)
+    assert energy.tolist() == pytest.approx([2.0, 4.0])
+    assert share == pytest.approx(6 / 7)
+
+
+def test_rounding_at_the_threshold_takes_no_further_direction() -> None:
+    """Singular values 3, 1, so exactly .9 of the energy lies in the first; as computed it is 8.999999999999998."""
+    space, _, _ = grown(torch.zeros(2, 0), torch.zeros(0), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), 0.9, 64)
+    assert torch.allclose(space, torch.full((2, 1), 0.5**0.5), atol=1e-6)
+
+
+def test_a_new_direction_is_orthogonal_to_an_old_one_that_rounding_has_left_too_long() -> None:
+    """S = (1 + 1e-6) s, row = 100 s + e3: what is left of the row has -2e-4 s in it."""
+    s = torch.tensor([[0.6], [0.8], [0.0]])
+    row = 100 * s.T + torch.tensor([[0.0, 0.0, 1.0]])
+    space, _, _ = grown(s * (1 + 1e-6), torch.ones(1), row, 0.99999, 64)
+    assert torch.allclose(space, torch.cat([s, torch.eye(3)[:, 2:]], dim=1), atol=1e-5)
 
 
 def test_t3_adams_first_step_goes_back_into_the_old_directions() -> None:
@@ -230,6 +249,15 @@ def test_t6_the_exported_adapter_needs_no_hook(tmp_path: Path) -> None:
     assert served.peft_config["default"].r == 4  # with the first task's pair
 
 
+def test_hist_rank_cuts_the_kept_adapter(tmp_path: Path) -> None:
+    """The first task learned nothing, so the best approximation of rank 1 is the new pair: B (A - A S S')."""
+    _, method, ctx = later_task(tmp_path, E1, rank=1, hist_rank=1)
+    set_pair(ctx, torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0], [0.0]]))
+    kept = method.export(ctx, {name: p.detach().clone() for name, p in ctx.parameters.items()})
+    assert kept[A].shape == (1, 3)
+    assert torch.allclose(kept[B] @ kept[A], torch.tensor([[0.0, 2.0, 3.0], [0.0, 0.0, 0.0]]), atol=1e-5)
+
+
 def test_t6_without_the_state_of_the_stage_before_it_does_not_start(tmp_path: Path) -> None:
     from swift_cl.io import load_method_state
 
@@ -267,6 +295,41 @@ def test_the_moment_is_adams_and_makes_the_space() -> None:
     assert state.tensors[f"energy/{A}"].item() == pytest.approx(float(moment.square().sum()))
 
 
+@pytest.mark.parametrize(("eps", "max_rank", "kept"), [(0.6, 64, 1), (0.9, 64, 2), (0.95, 64, 3), (0.95, 2, 2)])
+def test_the_settings_say_how_much_is_remembered(eps: float, max_rank: int, kept: int) -> None:
+    """Energies 9, 4, 1 (times .1 squared): a limit of two directions keeps 13 of 14 of them."""
+    ctx = FakeContext(LoraPair(torch.zeros(3, 3), torch.zeros(2, 3)))
+    method = Gorp(GorpConfig(eps=eps, max_rank=max_rank))
+    method.train_begin(ctx)
+    method.gradients(ctx, FakeGradients({A: M, B: torch.zeros(2, 3)}))
+    assert torch.allclose(method.end_task(ctx).tensors[f"space/{A}"], torch.eye(3)[:, :kept], atol=1e-6)
+    assert ctx.notices == (["2 directions per layer keep 0.929 or more of the energy"] if max_rank == 2 else [])
+
+
+def test_the_paper_remembers_the_gradient_that_adam_saw() -> None:
+    method, ctx = second_task(E1, project="grad")
+    method.gradients(ctx, FakeGradients({A: torch.tensor([[3.0, 0.0, 4.0], [0.0, 1.0, 0.0]]), B: torch.ones(2, 2)}))
+    assert torch.allclose(method._moments[A], torch.tensor([[0.0, 0.0, 0.4], [0.0, 0.1, 0.0]]))
+
+
+def test_the_share_of_a_in_old_directions_is_logged() -> None:
+    """9 of 9 + 16."""
+    method, ctx = second_task(E1)
+    with torch.no_grad():
+        ctx.parameters[A].copy_(torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 0.0]]))
+    method.gradients(ctx, FakeGradients({A: torch.ones(2, 3), B: torch.ones(2, 2)}))
+    assert ctx.logged == {"gorp_inside": pytest.approx(0.36)}
+
+
+def test_an_old_direction_competes_with_the_energy_it_had() -> None:
+    """1 against the .01 of the new one."""
+    method, ctx = second_task(E1, max_rank=1)
+    method.gradients(ctx, FakeGradients({A: torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), B: torch.zeros(2, 2)}))
+    tensors = method.end_task(ctx).tensors
+    assert torch.allclose(tensors[f"space/{A}"], E1)
+    assert tensors[f"energy/{A}"].tolist() == [1.0]
+
+
 def test_a_later_task_adds_to_the_space_and_leaves_the_stored_one_alone() -> None:
     method, ctx = second_task(E1)
     method.gradients(ctx, FakeGradients({A: torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]), B: torch.zeros(2, 2)}))
@@ -289,6 +352,26 @@ def test_a_sketch_keeps_its_bound_and_small_ones_are_exact() -> None:
     exact = Sketch(8, 10)
     exact.add(rows[:5])
     assert torch.equal(exact.rows(), rows[:5])
+
+
+def test_a_full_sketch_takes_the_cut_value_from_every_direction() -> None:
+    """Squares 9, 4, 1, 1: half of the size are 2, so the second one, 4, is taken from all; 5 are left in e1, + 16."""
+    sketch = Sketch(4, 4)
+    for row in torch.diag(torch.tensor([3.0, 2.0, 1.0, 1.0])):
+        sketch.add(row[None])
+    sketch.add(torch.tensor([[4.0, 0.0, 0.0, 0.0]]))
+    found = sketch.rows()
+    assert len(found) == 2
+    assert torch.allclose(found.T @ found, torch.diag(torch.tensor([21.0, 0.0, 0.0, 0.0])), atol=1e-5)
+
+
+def test_a_sketch_of_fewer_directions_than_half_its_size_loses_nothing() -> None:
+    sketch = Sketch(8, 2)
+    for number in range(20):
+        sketch.add(torch.eye(2)[number % 2 :][:1] * (1 + number % 2))
+    found = sketch.rows()
+    assert len(found) <= 8
+    assert torch.allclose(found.T @ found, torch.diag(torch.tensor([10.0, 40.0])), atol=1e-4)
 
 
 def test_a_sketch_sees_the_whole_task_and_the_moment_its_end() -> None:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from swift_cl.errors import UserError
-from swift_cl.methods._full_rank import Directions, FullRankLayer, Moments, compact, top_directions, widened_span
+from swift_cl.methods._adapters import AdapterSwitch
+from swift_cl.methods._full_rank import (
+    Directions,
+    FullRankLayer,
+    Moments,
+    compact,
+    scaled_alpha,
+    top_directions,
+    widened_span,
+)
+from swift_cl.methods._full_rank_part import FullRankPart
 from swift_cl.methods.gorp import Gorp, GorpConfig
 from swift_cl.stages import load_stage
 from swift_cl.training.arguments import check_support
@@ -253,6 +263,91 @@ def test_two_tasks_are_kept_in_one_lora_file(tmp_path: Path) -> None:
     assert torch.allclose(served(x), model(x), atol=1e-4)
     whole = served.base_model.model[0].get_delta_weight("default")
     assert torch.allclose(whole, delta + second, atol=1e-4)
+
+
+def begun(later: bool = False, **settings: Any) -> tuple[Gorp, PeftContext]:
+    """A method before its first step; of a later task, everything learned before lies in e1."""
+    model = with_lora()
+    ctx, method = PeftContext(model), Gorp(GorpConfig(**{**SETTINGS, **settings}))
+    method.prepare_model(ctx, model)
+    if later:
+        e1 = torch.eye(6)[:, :1]
+        ctx = PeftContext(model, earlier=["t0"])
+        method._spaces = dict.fromkeys(("0.gorp_full", "1.lora_A.weight"), e1)
+    method.train_begin(ctx)
+    return method, ctx
+
+
+def one_step(method: Gorp, ctx: PeftContext) -> Tensor:
+    """What one step along diag(6, 5, 4, 3, 2, 1) makes of the matrix: its diagonal."""
+    gradients = {name: torch.zeros_like(parameter) for name, parameter in ctx.parameters.items()}
+    gradients["0.gorp_full"] = torch.diag(torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]))
+    method.gradients(ctx, FakeGradients(gradients))
+    method.after_step(ctx)
+    delta = ctx.parameters["0.gorp_full"].detach()
+    assert torch.allclose(delta, torch.diag(delta.diagonal()), atol=1e-7)
+    return delta.diagonal()
+
+
+def test_a_step_is_as_long_as_rate_scale_and_schedule_say() -> None:
+    """Adam's first step is 1 in each of the two directions: .05 x .5 x .4."""
+    method, ctx = begun(full_scale=0.5)
+    ctx.schedule = 0.4
+    assert one_step(method, ctx).tolist() == pytest.approx([-0.01, -0.01, 0, 0, 0, 0], abs=1e-7)
+
+
+@pytest.mark.parametrize(("project", "moved"), [("forward", [1, 2]), ("grad", [1, 2]), ("none", [0, 1])])
+def test_only_none_lets_a_layer_use_old_directions(project: str, moved: list[int]) -> None:
+    method, ctx = begun(later=True, project=project)
+    assert one_step(method, ctx).nonzero().flatten().tolist() == moved
+
+
+def test_a_sketch_remembers_the_directions_of_a_layers_steps() -> None:
+    """Of diag(6, 5, ...) in two directions, 36 and 25: the first alone is .59 of that."""
+    method, ctx = begun(space="sketch")
+    one_step(method, ctx)
+    tensors = method.end_task(ctx).tensors
+    assert torch.allclose(tensors["space/0.gorp_full"], torch.eye(6)[:, :2], atol=1e-6)
+    assert tensors["energy/0.gorp_full"].tolist() == pytest.approx([36.0, 25.0], rel=1e-5)
+
+
+def test_a_layers_pairs_add_up_whatever_their_scalings() -> None:
+    """The matrix moved by -.05 at [0, 1]; the history adds 1 there, scaled by 6, where the new scaling is 3."""
+    one = layer(2, 2, rank=1, scale=0.5)
+    step(one, torch.tensor([[0.0, 4.0], [3.0, 0.0]]))
+    part = FullRankPart("x", 1, 10, 0.5, 0.1)
+    part.layers, part._scaling = {"x": one}, 3.0
+    history = {"x.lora_A.weight": torch.tensor([[0.0, 1.0]]), "x.lora_B.weight": torch.tensor([[1.0], [0.0]])}
+    kept = part.pairs(history, 2.0)
+    product = 3 * kept["x.lora_B.weight"] @ kept["x.lora_A.weight"]
+    assert torch.allclose(product, torch.tensor([[0.0, 5.95], [0.0, 0.0]]), atol=1e-5)
+
+
+def test_alpha_keeps_the_scaling() -> None:
+    """3 x 16, or where alpha is divided by the root of the rank, 3 x 4."""
+    assert (scaled_alpha(3.0, 16, False), scaled_alpha(3.0, 16, True)) == (48.0, 12.0)
+
+
+def test_without_its_adapter_a_layer_is_the_base_models() -> None:
+    method, ctx = begun()
+    one_step(method, ctx)
+    model: Any = ctx.model
+    x = torch.randn(3, 6)
+    base = two_layers()(x)
+    assert not torch.allclose(model(x), base)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
+    with AdapterSwitch(model).active():
+        assert torch.equal(model(x), base)
+
+
+def test_the_pattern_is_found_anywhere_in_a_name() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(nn.Sequential(two_layers()), LoraConfig(target_modules=["0.0", "0.1"]))
+    part = FullRankPart("1$", 2, 10, 1.0, 0.1)
+    part.attach(model)
+    assert list(part.layers) == ["0.1"]
 
 
 def test_a_checkpoint_continues_as_if_nothing_had_been(tmp_path: Path) -> None:

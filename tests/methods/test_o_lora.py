@@ -88,6 +88,35 @@ def test_lambda2_is_the_norm_and_not_its_square() -> None:
     assert added(method, ctx)[B].tolist() == [[0.0], [0.0]]
 
 
+def test_lambda2_pulls_b_too() -> None:
+    """Norms 5 of A and 13 of B: 2 (5 + 13), and 2 B / 13."""
+    method, ctx = second_task(
+        torch.tensor([[3.0, 4.0, 0.0]]), torch.tensor([[0.0], [0.0], [1.0]]), lambda1=0, lambda2=2
+    )
+    with torch.no_grad():
+        ctx.parameters[B].copy_(torch.tensor([[5.0], [12.0]]))
+    assert added(method, ctx)[B].flatten().tolist() == pytest.approx([10 / 13, 24 / 13])
+    assert ctx.logged["o_lora_penalty"] == pytest.approx(36.0, abs=1e-5)
+
+
+@pytest.mark.parametrize(("form", "value", "part"), [("squared", 10.0, 1.0), ("l1", 6.0, 1.0), ("basis", 5 / 18, 0.5)])
+def test_layers_are_summed_and_in_the_basis_form_averaged(form: str, value: float, part: float) -> None:
+    """Twice the same layer, products (1, 2) and (0, 0) with the old rows: 5 + 5, 3 + 3, the mean of (5 / 9 + 0) / 2;
+    each layer's gradient is that of one alone, or half of it."""
+    a = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 3.0]])
+    alone, one = second_task(a, A_OLD.T, form=form)
+    model = nn.ModuleList([LoraPair(a, torch.zeros(2, 2)) for _ in range(2)])
+    state = MethodState({f"span/{number}.{A}": A_OLD.T for number in range(2)})
+    ctx = FakeContext(model, earlier=["t0"], state=state)
+    method = OLora(OLoraConfig(form=form))
+    method.train_begin(ctx)
+    found, expected = added(method, ctx), added(alone, one)[A]
+    assert ctx.logged["o_lora_overlap"] == pytest.approx(value)
+    assert ctx.logged["o_lora_penalty"] == pytest.approx(0.5 * value)
+    assert expected.any()
+    assert all(torch.allclose(found[f"{number}.{A}"], part * expected) for number in range(2))
+
+
 def test_t6_added_once_a_step_whatever_the_gradient_is() -> None:
     """The hook runs once per optimizer step on the reduced gradient, so nothing scales with accumulation."""
     method, ctx = second_task(A_NEW, A_OLD.T, lambda1=0.5)
