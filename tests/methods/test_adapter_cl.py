@@ -1,6 +1,7 @@
 """Oracle tests of adapter_cl: which tokens are scored, who is chosen, what the weight of the prompt does."""
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,14 @@ from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState, save_method_state
 from swift_cl.methods import adapter_cl
 from swift_cl.methods._prompts import mean_nll, over_rows, span_of_question
-from swift_cl.methods._routing import Candidate, RouteRequest
+from swift_cl.methods._routing import Candidate, RouteRequest, largest, smallest
 from swift_cl.methods.adapter_cl import AdapterCl, AdapterClConfig
+from swift_cl.methods.base import EarlierTask
+from swift_cl.serving.routing.model import RouteModel, StageRouter
+from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext
 from tests.support.ranks import on_ranks
-from tests.support.route_model import make_adapters, make_router
+from tests.support.route_model import CharacterTemplate, make_adapters, make_router
 from tests.support.tiny_lora import language_model
 
 TASKS = ("one", "two", "three")
@@ -74,14 +78,49 @@ def test_the_least_surprised_adapter_is_chosen_in_one_batch_or_one_by_one(tmp_pa
     for one, other in zip(together, alone, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-4)
         assert one.chosen == other.chosen == min(one.scores, key=lambda name: one.scores[name])
-    # By hand for one of them: PEFT's own forward, the question's tokens alone.
+
+
+def price(adapter: Path, question: str, places: Sequence[int]) -> float:
+    """Mean of -log p at these places of `[1, 2] + question + [3, 4]`, by PEFT's own forward."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(language_model(), str(tmp_path / "two")).eval()
-    ids = torch.tensor([[1, 2, *(5 + ord(c) % 50 for c in "xyz"), 3, 4]])
+    model = PeftModel.from_pretrained(language_model(), str(adapter)).eval()
+    ids = torch.tensor([[1, 2, *(5 + ord(c) % 50 for c in question), 3, 4]])
     logp = model(input_ids=ids).logits[0].log_softmax(-1)
-    own = -sum(float(logp[p - 1, ids[0, p]]) for p in (2, 3, 4)) / 3
-    assert together[2].scores["two"] == pytest.approx(math.exp(own), rel=1e-4)
+    return -sum(float(logp[p - 1, ids[0, p]]) for p in places) / len(places)
+
+
+def test_the_score_says_which_tokens_count(tmp_path: Path) -> None:
+    """'content' the question's three alone, 'prompt' all but the first; in one process, neither takes the other's."""
+    candidates = make_adapters(tmp_path, TASKS[:2])
+    shared = RouteModel(lambda: (language_model().eval(), CharacterTemplate()))
+    for score, places in (("content", (2, 3, 4)), ("prompt", (1, 2, 3, 4, 5, 6))):
+        method = AdapterCl(AdapterClConfig(score=score))
+        (found,) = StageRouter(method, tmp_path, list(TASKS[:2]), candidates, shared).route(requests(("xyz",)))
+        for name in TASKS[:2]:
+            assert found.scores[name] == pytest.approx(math.exp(price(tmp_path / name, "xyz", places)), rel=1e-4)
+
+
+def test_route_batch_is_the_number_of_questions_in_a_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def counted(model: Any, rows: Any, *rest: Any) -> torch.Tensor:
+        sizes.append(len(rows))
+        return mean_nll(model, rows, *rest)
+
+    monkeypatch.setattr(adapter_cl, "mean_nll", counted)
+    make_router(AdapterCl(AdapterClConfig(route_batch=2)), make_adapters(tmp_path, TASKS[:1])).route(requests())
+    assert sizes == [2, 1]
+
+
+def test_of_equal_scores_the_first_counts() -> None:
+    assert smallest({"a": 2.0, "b": 1.0, "c": 1.0}) == "b"
+    assert largest({"a": 1.0, "b": 2.0, "c": 2.0}) == "b"
+
+
+def test_the_router_needs_the_task_only_where_it_is_told_it() -> None:
+    needed = {name: AdapterCl(AdapterClConfig(router=name)).needs_task_id() for name in ("ppl", "calibrated", "oracle")}
+    assert needed == {"ppl": False, "calibrated": False, "oracle": True}
 
 
 def test_a_later_task_leaves_the_scores_of_the_earlier_ones_as_they_were(tmp_path: Path) -> None:
@@ -133,13 +172,82 @@ def test_a_likelihood_that_is_no_number_is_not_a_choice(tmp_path: Path, monkeypa
     monkeypatch.setattr(adapter_cl, "mean_nll", lambda model, rows, *rest: torch.full((len(rows),), float("nan")))
     with pytest.raises(RunFailure, match="no finite likelihood"):
         make_router(AdapterCl(AdapterClConfig()), candidates).route(requests())
+    # One that is merely absurd is a number: its perplexity would be beyond the largest.
+    monkeypatch.setattr(adapter_cl, "mean_nll", lambda model, rows, *rest: torch.full((len(rows),), 800.0))
+    routes = make_router(AdapterCl(AdapterClConfig()), candidates).route(requests())
+    assert [route.chosen for route in routes] == ["one"] * 3
+
+
+class AskingContext(FakeContext):
+    """Encodes prompts by characters, and names parameters as the session does."""
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {parameter_name(name): parameter for name, parameter in super().parameters.items()}
+
+    def encode_prompts(self, prompts: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[int]]:
+        return [CharacterTemplate().encode({"messages": prompt})["input_ids"] for prompt in prompts]
+
+
+def answered(question: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "no part of it"}]}
+
+
+def test_calibration_is_mean_and_deviation_of_the_tasks_own_questions(tmp_path: Path) -> None:
+    """Of three questions, the deviation divided by 3 and not by 2; the numbers of earlier tasks stay."""
+    from peft import PeftModel
+
+    make_adapters(tmp_path, ["own"])
+    questions = ("ab", "xyz", "q")
+    earlier = {"t0": {"n_rows": 7, "nll_mean": 1.0, "nll_std": 2.0, "score": "content"}}
+    model = PeftModel.from_pretrained(language_model(), str(tmp_path / "own")).eval()
+    ctx = AskingContext(model, earlier=["t0"], state=MethodState(meta={"router": earlier}))
+    ctx.rows = [answered(question) for question in questions]
+    found = AdapterCl(AdapterClConfig()).end_task(ctx).meta["router"]
+    prices = [price(tmp_path / "own", text, range(2, 2 + len(text))) for text in questions]
+    mean = sum(prices) / 3
+    assert found == {
+        **earlier,
+        "now": {
+            "n_rows": 3,
+            "nll_mean": pytest.approx(mean, rel=1e-4),
+            "nll_std": pytest.approx(math.sqrt(sum((value - mean) ** 2 for value in prices) / 3), rel=1e-3),
+            "score": "content",
+        },
+    }
+
+
+def test_calibration_draws_its_rows() -> None:
+    """512 of 600: were they the first ones, all alike, there would be no deviation."""
+    ctx = AskingContext(language_model().eval())
+    ctx.rows = [answered("a" if number < 512 else "zzzz") for number in range(600)]
+    found = AdapterCl(AdapterClConfig()).end_task(ctx).meta["router"]["now"]
+    assert found["n_rows"] == 512
+    assert found["nll_std"] > 1e-3
+
+
+@pytest.mark.parametrize("init", ["fresh", "previous"])
+def test_a_new_adapter_starts_fresh_or_where_the_task_before_ended(tmp_path: Path, init: str) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    folders = [candidate.dir for candidate in make_adapters(tmp_path, TASKS)]
+    # Stands for a fresh adapter: that of "three".
+    model = PeftModel.from_pretrained(language_model(), str(folders[2]), is_trainable=True)
+    ctx = AskingContext(model)
+    ctx.earlier = [EarlierTask(name, tmp_path, folder, tmp_path) for name, folder in zip("ab", folders, strict=False)]
+    assert AdapterCl(AdapterClConfig(init=init)).prepare_model(ctx, model) is model
+    wanted = load_file(folders[1 if init == "previous" else 2] / "adapter_model.safetensors")
+    found = {f"base_model.model.{name}": weight for name, weight in ctx.weights().items()}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 def test_the_loss_is_the_weighted_mean_over_all_tokens() -> None:
-    """Weights 0.5, 0.5, 1 on losses 1, 3, 5: ms-swift gives 7 / 3, the weighted mean is 7 / 2."""
+    """Weights 0.5, 0.5, 1 on losses 1, 3, 5: ms-swift gives 7 / 3, the weighted mean is 7 / 2. The 9 is on no label."""
     method = AdapterCl(AdapterClConfig(prompt_loss_weight=0.5))
     ctx = FakeContext()
-    labels, scale = torch.tensor([[9, 8, -100]]), torch.tensor([[1.0, 0.5, 0.0]])
+    labels, scale = torch.tensor([[9, 8, -100]]), torch.tensor([[1.0, 0.5, 9.0]])
     more = torch.tensor([[7, 6, 5]]), torch.tensor([[1.0, 0.5, 1.0]])
     method.window(ctx, [{"labels": labels, "loss_scale": scale}, {"labels": more[0], "loss_scale": more[1]}])
     loss = torch.tensor(7 / 3)
