@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.generation.screen import Rejected
+from swift_cl.io import read_json
 from swift_cl.methods._selected import choose, quotas
 from swift_cl.methods._selection import kmeans_clusters
 from swift_cl.methods._synthesis import TaskFacts, _tuples, common_frame, parse
@@ -163,6 +165,49 @@ def test_demos_are_one_percent_and_at_least_the_shots():
         TaskFacts.of("t", odd, "ssr", 0.01, 2, 0)
 
 
+def test_demos_are_drawn_and_not_the_first_rows():
+    facts = TaskFacts.of("t", kind_rows("one", 200), "ssr", 0.1, 2, 0)
+    numbers = [int(demo.x.removeprefix("one thing ")) for demo in facts.demos]
+    assert len(numbers) == 20
+    assert numbers == sorted(numbers)
+    assert numbers != list(range(20))
+    other = TaskFacts.of("t", kind_rows("one", 200), "ssr", 0.1, 2, 1)
+    assert other.demos != facts.demos, "whatever the seed"
+
+
+def test_the_budget_is_the_ratio_or_the_number():
+    """2.5 of ten rows are 3; a tenth of 2000 is 200."""
+    assert Ssr(SsrConfig(ratio=0.25)).wanted(10) == 3
+    assert Ssr(SsrConfig()).wanted(2000) == 200
+    assert Ssr(SsrConfig(num_samples=7)).wanted(2000) == 7
+
+
+@pytest.mark.parametrize("make", [ssr, pseudo])
+def test_shots_and_demo_ratio_say_what_a_prompt_shows(make, tmp_path):
+    """Half of 20 rows are ten demonstrations, of which a prompt has four."""
+    found = stages(make(shots=4, demo_ratio=0.5), tmp_path, ["one", "two"], latest=shout)
+    assert len(found[0][2].rows["tasks"][0]["demos"]) == 10
+    prompts = found[1][1].engines.engines[None].prompts
+    assert {len(re.findall(r"^Input: one thing", prompt.text, re.M)) for prompt in prompts} == {4}
+
+
+def test_a_task_with_a_demonstration_too_few_says_so_for_pseudo_replay(tmp_path):
+    with pytest.raises(UserError, match=r"3 of its 3 rows .* --pseudo_replay_shots is 5"):
+        stages(pseudo(shots=5), tmp_path, ["one"], rows={"one": kind_rows("one", 3)})
+
+
+def test_as_many_are_asked_for_as_the_flags_say(tmp_path):
+    """Four candidates for each of two rows; pseudo replay asks for the number itself and a fifth more."""
+    found = stages(ssr(oversample=4.0, max_new_tokens=77), tmp_path / "ssr", ["one", "two"], latest=shout)
+    engines = found[1][1].engines.engines
+    latest = engines[found[1][1].earlier[-1].weights_dir]
+    assert len(engines[None].prompts) == 8
+    assert {call[1].max_new_tokens for call in (*engines[None].calls, *latest.calls)} == {77}
+    found = stages(pseudo(num_samples=10), tmp_path / "pseudo", ["one", "two"])
+    assert len(found[1][1].engines.engines[None].prompts) == 12
+    assert len(added(found)) == 10
+
+
 def test_definition_without_a_blank_line_ends_at_a_line_break():
     rows = kind_rows("one", 20)
     for row in rows:
@@ -270,6 +315,37 @@ def test_kmeans_takes_exactly_the_budget_from_all_clusters(tmp_path):
     assert {text[0] for text in rows} == {"a", "b", "c"}
 
 
+def test_clusters_are_of_directions_and_as_many_as_asked_for(tmp_path):
+    """The stand-in embeds as (length, sum of the codes modulo 97): (1, 20) and (4, 80) point one way, (10, 2) and
+    (20, 4) another, while by their places (1, 20) is nearer to the last two than to (4, 80)."""
+    texts = ["u", "uuuu", "k" * 9 + "j", "k" * 19 + "i"]
+    base = in_order(*[said(f" {text}\nOutput: y") for text in texts], said("no row"))
+    rows = {"one": kind_rows("one", 20), "two": kind_rows("two", 20)}
+    for row in rows["one"]:
+        row["messages"][1]["content"] = row["messages"][1]["content"].rpartition("\n\n")[2]
+    make = ssr(select="kmeans", embedder="model", clusters=2, num_samples=4, oversample=1.0, refine=False)
+    stages(make, tmp_path, ["one", "two"], rows, base)
+    (path,) = (tmp_path / "stage_2/generated/one").glob("clusters-*.json")
+    assert [sorted(i for i, _ in cluster) for cluster in read_json(path)] == [[0, 1], [2, 3]]
+
+
+def test_random_is_not_the_first(tmp_path):
+    """Five of the twelve that the script's first fifteen leave, always the same of one seed."""
+    kept = {}
+    for select in ("first", "random"):
+        make = ssr(select=select, num_samples=5, oversample=3.0)
+        runs = [
+            added(stages(make, tmp_path / select / run, ["one", "two"], base=in_order(*SCRIPT), latest=shout))
+            for run in "ab"
+        ]
+        assert runs[0] == runs[1]
+        kept[select] = [answer for _, answer in runs[0]]
+    assert kept["first"] == ["RED APPLE", "DOG", "THING 0", "THING 1", "THING 2"]
+    assert len(set(kept["random"])) == 5
+    assert set(kept["random"]) <= {"RED APPLE", "DOG", *(f"THING {i}" for i in range(10))}
+    assert kept["random"] != kept["first"]
+
+
 def test_clusters_are_ordered_by_distance():
     points = np.array([[0.0], [1.0], [2.0], [10.0], [11.0]])
     clusters = kmeans_clusters(points, 2, 0)
@@ -287,6 +363,36 @@ def test_unusable_answers_are_replaced(tmp_path):
     assert [answer for _, answer in added(found)] == ["THING 0", "THING 1"]
     with pytest.raises(RunFailure, match="usable answers to only 0 of 2 rows of task 'one'"):
         stages(ssr(), tmp_path / "none", ["one", "two"], latest=lambda prompt, seed: said(""))
+
+
+def test_min_fill_says_how_many_answers_are_enough(tmp_path):
+    """One answer of four is usable: a quarter."""
+
+    def once(prompt, seed):
+        return said("ok" if prompt.messages[-1]["content"].endswith("thing 0") else "<|end|> no text")
+
+    def run(least, folder):
+        make = ssr(num_samples=4, oversample=1.0, min_fill=least)
+        base = in_order(*[said(f" thing {i}\nOutput: x") for i in range(4)], said("no row"))
+        return stages(make, tmp_path / folder, ["one", "two"], base=base, latest=once)
+
+    found = run(0.25, "enough")
+    assert added(found) == [(f"{DEFINITION}\n\nthing 0", "ok")]
+    assert any("usable answers to only 1 of 4 rows of task 'one'" in notice for notice in found[1][1].notices)
+    with pytest.raises(RunFailure, match="usable answers to only 1 of 4 rows"):
+        run(0.5, "few")
+    base = in_order(said(" thing 1\nOutput: x"), said(" thing 2\nOutput: x"), said("no row"))
+    found = stages(ssr(min_fill=0.0), tmp_path / "any", ["one", "two"], base=base, latest=once)
+    assert added(found) == []
+
+
+def test_labels_are_asked_of_answers_that_are_kept(tmp_path):
+    """Without the latest model's answers, those of the base model must be labels."""
+    rows = {"one": labelled(20), "two": kind_rows("two", 20)}
+    script = (("a", "positive."), ("b", "great"), ("c", "negative"))
+    base = in_order(*[said(f" {x}\nOutput: {y}") for x, y in script])
+    found = stages(ssr(refine=False), tmp_path, ["one", "two"], rows, base)
+    assert [answer for _, answer in added(found)] == ["positive", "negative"]
 
 
 def test_a_resumed_stage_asks_nobody(tmp_path):
@@ -368,6 +474,9 @@ def test_balanced_labels(tmp_path):
 def test_parse_reads_the_continuation_alone():
     assert [turn["content"] for turn in parse(" a\nb \nOutput: c\nd\n\nInput: e\nOutput: f")] == ["a\nb", "c\nd"]
     assert [turn["content"] for turn in parse(" says Output: here\nOutput: c")] == ["says Output: here", "c"]
+    for text in (" a\nInput: b\nOutput: c", " a\nOutput: b\nInput: c", " a\nOutput: b\nOutput: c", " a"):
+        with pytest.raises(Rejected, match="separators"):
+            parse(text)
 
 
 def test_long_rows_are_dropped(tmp_path):
