@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from swift_cl.errors import RunFailure, UserError
-from swift_cl.io import MethodState, load_method_state, save_method_state
+from swift_cl.io import MethodState, load_method_state, read_json, save_method_state
+from swift_cl.methods import _prompts, dynamic_conpet
 from swift_cl.methods._prompts import last_token_features, questions_alone
 from swift_cl.methods._routing import RouteRequest
 from swift_cl.methods.base import EarlierTask
@@ -83,6 +84,10 @@ def test_d_every_batch_is_half_old_and_old_tasks_take_turns() -> None:
     # Every row of a task before any of them again, the new task's too.
     new = [row for rows_ in islice(batches([3, 8], 4, 0.5, "key"), 4) for task, row in rows_ if task == 1]
     assert sorted(new) == list(range(8))
+    # ... and then in another order.
+    own = [row for rows_ in islice(batches([3, 8], 4, 0.5, "key"), 8) for task, row in rows_ if task == 1]
+    assert sorted(own[8:]) == list(range(8))
+    assert own[8:] != own[:8]
     # There is at least one new and one old row, whatever the share.
     assert Counter(t for t, _ in next(batches([5, 5], 2, 0.9, "k"))) == {0: 1, 1: 1}
     assert Counter(t for t, _ in next(batches([5, 5], 2, 0.1, "k"))) == {0: 1, 1: 1}
@@ -165,6 +170,111 @@ def test_the_memory_holds_as_many_of_every_task(tmp_path: Path) -> None:
     assert Counter(row["task"] for row in state.rows["memory"]) == {"one": 5, "two": 5, "three": 5}
 
 
+def test_the_memory_is_drawn(tmp_path: Path) -> None:
+    method, _ = learn(tmp_path, ["one"], memory=5)
+    state = load_method_state(tmp_path / "one" / "cl_state", method.name)
+    kept = [row["messages"][1]["content"] for row in state.rows["memory"]]
+    texts = [row["messages"][1]["content"] for row in rows("one")]
+    assert set(kept) <= set(texts)
+    assert kept != texts[:5]
+
+
+def selector(folder: Path, task: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / task / "cl_state" / "selector" / "adapter_model.safetensors")
+
+
+def test_the_first_steps_are_adams_in_head_and_lora(tmp_path: Path) -> None:
+    """The head's first step is the rate. B sees a gradient g only at the second, the head being 0 before: its moments
+    are .1 g / .19 and .001 g g / .001999, so it moves by .5263 / .7073 of the rate."""
+    for limit in (1, 2):
+        folder = tmp_path / str(limit)
+        method, _ = learn(folder, ["one", "two"], batch_limit=limit, lr=0.01)
+        head = load_method_state(folder / "two" / "cl_state", method.name).tensors["head/weight"].abs()
+        b = torch.cat([tensor.flatten().abs() for name, tensor in selector(folder, "two").items() if "lora_B" in name])
+        if limit == 1:
+            assert not b.any()
+            assert float(head.max()) == pytest.approx(0.01, rel=1e-3)
+            assert float(head.median()) == pytest.approx(0.01, rel=1e-2)
+        else:
+            assert float(b.max()) == pytest.approx(0.007441, rel=1e-2)
+
+
+@pytest.mark.parametrize(("bias", "known"), [(True, {"head/weight", "head/bias"}), (False, {"head/weight"})])
+def test_head_bias_says_whether_there_is_one(tmp_path: Path, bias: bool, known: set[str]) -> None:
+    method, _ = learn(tmp_path, ["one", "two"], batch_limit=1, head_bias=bias)
+    tensors = load_method_state(tmp_path / "two" / "cl_state", method.name).tensors
+    assert tensors.keys() == known
+    assert not bias or tensors["head/bias"].shape == (2,)
+
+
+def test_the_head_goes_on_from_what_it_was(tmp_path: Path) -> None:
+    """One step of .01 from 100 and from biases of 5 and 7; a decay of .1 would take a further .1 of 100."""
+    learn(tmp_path, ["one", "two"], batch_limit=1)
+    state = load_method_state(tmp_path / "two" / "cl_state", "dynamic_conpet")
+    known = {"head/weight": torch.full((2, 16), 100.0), "head/bias": torch.tensor([5.0, 7.0])}
+    ctx = SelectorContext(
+        continued(tmp_path), task="three", earlier=["one", "two"], folder=tmp_path,
+        state=MethodState(known, state.meta, state.rows),
+    )  # fmt: skip
+    ctx.system, ctx.rows = "stage", rows("three")
+    found = DynamicConpet(DynamicConpetConfig(lr=0.01, batch_limit=1)).end_task(ctx).tensors
+    assert torch.allclose(found["head/weight"][:2], known["head/weight"], atol=0.0101, rtol=0)
+    assert torch.allclose(found["head/weight"][2], torch.zeros(16), atol=0.0101)
+    assert torch.allclose(found["head/bias"], torch.tensor([5.0, 7.0, 0.0]), atol=0.0101, rtol=0)
+
+
+@pytest.mark.parametrize("init", ["previous", "fresh"])
+def test_the_selectors_lora_starts_from_the_one_before_or_fresh(tmp_path: Path, init: str) -> None:
+    """With steps of 1e-4 it stays near its start. Its rank is its own; scaling 4 is the expert's (alpha 8, r 2)."""
+    learn(tmp_path, list(ALPHABETS), batch_limit=1, lr=1e-4, selector_init=init, selector_rank=3)
+    before, after = selector(tmp_path, "two"), selector(tmp_path, "three")
+    first = [name for name in after if "lora_A" in name]
+    assert first
+    assert all(after[name].shape[0] == 3 for name in first)
+    near = [torch.allclose(before[name], after[name], atol=1.1e-4, rtol=0) for name in first]
+    assert near == [init == "previous"] * len(first)
+    config = read_json(tmp_path / "three" / "cl_state" / "selector" / "adapter_config.json")
+    assert (config["r"], config["lora_alpha"]) == (3, 12.0)
+
+
+def test_the_mix_and_the_batch_are_the_runs_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def counted(sizes: Any, batch: int, mix: float, *key: Any) -> Any:
+        asked.append((list(sizes), batch, mix))
+        return batches(sizes, batch, mix, *key)
+
+    monkeypatch.setattr(dynamic_conpet, "batches", counted)
+    learn(tmp_path, ["one", "two"], batch_limit=1, mix=0.25, memory=5)
+    assert asked == [([5, 12], 8, 0.25)]
+
+
+def test_the_bias_counts_at_inference_and_names_are_those_of_learning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 0 and biases of 0, 5, 1: the second task, "two", whatever is asked; two questions a forward."""
+    method, _ = learn(tmp_path, list(ALPHABETS), batch_limit=1, route_batch=2)
+    folder = tmp_path / "three" / "cl_state"
+    state = load_method_state(folder, method.name)
+    state.tensors.update({"head/weight": torch.zeros(3, 16), "head/bias": torch.tensor([0.0, 5.0, 1.0])})
+    save_method_state(folder, method.name, state)
+    sizes = []
+
+    def counted(model: Any, prompts: Any, device: Any) -> torch.Tensor:
+        sizes.append(len(prompts))
+        return last_token_features(model, prompts, device)
+
+    monkeypatch.setattr(_prompts, "last_token_features", counted)
+    router = make_router(method, make_adapters(tmp_path / "adapters", list(ALPHABETS)), tmp_path / "three")
+    asked = [RouteRequest(({"role": "user", "content": text},), dict.fromkeys(ALPHABETS)) for text in ("a", "bb", "c")]
+    routes = router.route(asked)
+    assert [route.chosen for route in routes] == ["two"] * 3
+    assert routes[0].scores == {"one": 0.0, "two": 5.0, "three": 1.0}
+    assert sizes == [2, 1]
+
+
 def test_two_ranks_train_the_selector_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank adds up its share; here the other one's share is computed in the same process."""
     learn(tmp_path / "one", ["one", "two"], batch_limit=2)
@@ -219,8 +329,6 @@ def _one_at_a_time(original: Any) -> Any:
 
 
 def test_a_loss_that_is_no_number_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from swift_cl.methods import dynamic_conpet
-
     monkeypatch.setattr(dynamic_conpet, "selector_loss", lambda logits, tasks: logits.sum() * float("nan"))
     with pytest.raises(RunFailure, match="lower --dynamic_conpet_lr"):
         learn(tmp_path, ["one", "two"], batch_limit=1)
