@@ -88,6 +88,8 @@ def test_d_every_batch_is_half_old_and_old_tasks_take_turns() -> None:
     own = [row for rows_ in islice(batches([3, 8], 4, 0.5, "key"), 8) for task, row in rows_ if task == 1]
     assert sorted(own[8:]) == list(range(8))
     assert own[8:] != own[:8]
+    # A quarter of eight are two old rows.
+    assert Counter(t for t, _ in next(batches([50, 50], 8, 0.25, "k"))) == {0: 2, 1: 6}
     # There is at least one new and one old row, whatever the share.
     assert Counter(t for t, _ in next(batches([5, 5], 2, 0.9, "k"))) == {0: 1, 1: 1}
     assert Counter(t for t, _ in next(batches([5, 5], 2, 0.1, "k"))) == {0: 1, 1: 1}

@@ -72,6 +72,24 @@ def test_only_the_rows_of_the_task_learn(null: float) -> None:
     }
 
 
+def test_the_first_tasks_softmax_knows_no_later_class() -> None:
+    """Logits of 0 of two own classes: ln 2, a mean over the four rows of two micro-batches, of 3 rows and of 1."""
+    method, model = made(), Classifier()
+    ctx = FakeContext(model, task="a")
+    model.lora.requires_grad_(False)
+    method.prepare_model(ctx, model)
+    method.train_begin(ctx)
+    parts = [{"labels": torch.tensor([0, 1, 0])}, {"labels": torch.tensor([1])}]
+    method.window(ctx, parts)
+    total = 0.0
+    for part in parts:
+        logits = torch.tensor([[0.0, 0.0, 9.0, 9.0]] * len(part["labels"]))
+        loss = method.loss(ctx, model, part, torch.zeros(()), SimpleNamespace(logits=logits))
+        assert loss is not None
+        total += float(loss)
+    assert total == pytest.approx(0.693147, abs=1e-6)
+
+
 def test_the_scenario_says_who_chooses() -> None:
     assert not made().needs_task_id()
     assert made(scenario="til").needs_task_id()

@@ -1,6 +1,7 @@
 """Oracle tests of sdft: the direction of the divergence, who sees what, whose weights, and positions that match."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,122 @@ def test_the_students_answers_take_the_place_of_the_given_ones(tmp_path: Path, s
     assert one != [
         ids[m.bool()].tolist() for ids, m in zip(again[0]["input_ids"], again[0]["attention_mask"], strict=True)
     ]
+
+
+class EvaluatingContext(StudentContext):
+    """Switches dropout off for statistics, as the session does."""
+
+    inside = False
+
+    @contextmanager
+    def statistics_mode(self) -> Iterator[None]:
+        assert self.model is not None
+        self.model.eval()
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+            self.model.train()
+
+
+def with_dropout(folder: Path, **settings: Any) -> tuple[Sdft, EvaluatingContext, Any]:
+    stage_adapter(folder, lora_dropout=0.5)
+    model = continued(folder)
+    ctx, method = EvaluatingContext(model), sdft(**{"max_new_tokens": 6, **settings})
+    ctx.rows = ROWS
+    method.train_begin(ctx)
+    return method, ctx, model
+
+
+def test_without_temperature_the_student_says_what_is_likeliest(tmp_path: Path) -> None:
+    """And without dropout, though it is in training, under its autocast. Token by token, until token 0 or six tokens
+    are there."""
+    method, ctx, model = with_dropout(tmp_path, temperature=0.0)
+    batches = micro_batches((4,))
+    seen: list[bool] = []
+    watch = model.get_base_model().register_forward_pre_hook(lambda *_: seen.append(ctx.inside))
+    method.window(ctx, batches)
+    watch.remove()
+    assert seen
+    assert all(seen)
+    model.eval()
+    cut = 0
+    for place, original in enumerate(ROWS):
+        (prompt,) = ctx.encode_prompts([original["messages"][:2]])
+        ids = list(prompt)
+        while len(ids) < len(prompt) + 6 and (len(ids) == len(prompt) or ids[-1] != 0):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert batches[0]["input_ids"][place][batches[0]["attention_mask"][place].bool()].tolist() == ids
+        cut += ids[-1] != 0
+    assert ctx.logged["sdft_cut_off"] == pytest.approx(cut / 4)
+
+
+def test_the_teacher_drops_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a demonstration it is the student without dropout."""
+    monkeypatch.setattr(module, "with_demonstration", lambda messages, closing: messages[:-1])
+    for teacher in ("live", "ema"):
+        method, ctx, model = with_dropout(tmp_path / teacher, teacher=teacher)
+        batches = micro_batches()
+        method.window(ctx, batches)
+        outputs = []
+        with ctx.statistics_mode():
+            outputs = [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]) for b in batches]
+        terms = [
+            method.loss(ctx, model, b, torch.zeros(()), o)  # the model is back in training
+            for b, o in zip(batches, outputs, strict=True)
+        ]
+        assert all(term is not None and abs(float(term.detach())) < 1e-6 for term in terms)
+
+
+def test_the_share_of_answers_that_were_cut_off(tmp_path: Path) -> None:
+    """One token is the end or is cut off: of four answers as many as end in another token than 0, or in one of all."""
+    method, ctx, _ = begun(tmp_path, max_new_tokens=1)
+    batches = micro_batches((4,))
+    method.window(ctx, batches)
+    ends = batches[0]["attention_mask"].sum(dim=1) - 1
+    last = batches[0]["input_ids"][torch.arange(4), ends].tolist()
+    assert ctx.logged["sdft_cut_off"] == pytest.approx(sum(token != 0 for token in last) / 4)
+    ctx.stop_tokens = list(range(64))
+    method.window(ctx, micro_batches((4,)))
+    assert ctx.logged["sdft_cut_off"] == 0
+
+
+def test_rows_of_one_question_get_answers_of_their_own(tmp_path: Path) -> None:
+    method, ctx, _ = begun(tmp_path)
+    ctx.rows = [row("abc", "x")] * 4
+    batches = micro_batches((4,))
+    method.window(ctx, batches)
+    assert len({tuple(ids[ids != 0].tolist()) for ids in batches[0]["input_ids"]}) > 1
+
+
+def test_the_closing_line_is_the_users(tmp_path: Path) -> None:
+    method, ctx, _ = begun(tmp_path, closing="Go.")
+    method.window(ctx, micro_batches((4,)))
+    ((shown, _),) = method._waiting
+    assert shown == ctx.encode_prompts([with_demonstration(one["messages"], "Go.") for one in ROWS])
+
+
+def test_gen_batch_is_the_number_of_answers_at_a_time(tmp_path: Path) -> None:
+    method, ctx, model = begun(tmp_path, gen_batch=3)
+    sizes = set()
+    base = model.get_base_model()
+    base.register_forward_pre_hook(lambda _, args, given: sizes.add(len(given["input_ids"])), with_kwargs=True)
+    method.window(ctx, micro_batches((4,)))
+    assert sizes == {3, 1}
+
+
+def test_the_logged_divergence_is_the_mean_over_tokens(tmp_path: Path) -> None:
+    """In one micro-batch it is the loss."""
+    method, ctx, model = begun(tmp_path)
+    batches = micro_batches((4,))
+    method.window(ctx, batches)
+    (loss,) = losses(method, ctx, model, batches)
+    assert ctx.logged["sdft_kl"] == pytest.approx(float(loss.detach()))
+
+
+def test_rows_are_not_joined() -> None:
+    assert sdft().required_flags() == {"padding_free": "false"}
 
 
 @pytest.mark.parametrize("teacher", ["live", "ema"])

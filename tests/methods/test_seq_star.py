@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.io import MethodState
 from swift_cl.methods._classes import ClassTable, parse_labels
 from swift_cl.methods._draws import seed32
 from swift_cl.methods._heads import class_loss, cosine_logits, first_rows, make_head, visible_logits
@@ -16,6 +17,7 @@ from swift_cl.methods.seq_star import SeqStar, SeqStarConfig
 from swift_cl.stages import load_stage
 from swift_cl.training.flags import check_method_flags
 from tests.support.fake_context import FakeContext
+from tests.support.tiny_lora import language_model
 from tests.support.train import CLASSES, MODEL, TASKS, adapter, stage_argv, train_stage
 
 LABELS = {"a": ["x", "y"], "b": ["z", "w"]}
@@ -44,6 +46,18 @@ class Classifier(nn.Module):
     @property
     def head(self):
         return self.score.modules_to_save["default"]
+
+
+def small_classifier():
+    """Qwen2 of two small layers with a LoRA and a head of four classes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2ForSequenceClassification
+
+    config = language_model().config
+    config.num_labels = 4
+    return get_peft_model(
+        Qwen2ForSequenceClassification(config), LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    )
 
 
 class TestOracles:
@@ -127,6 +141,91 @@ class TestHooks:
         assert (trained is None and len(ctx.parameters) == 3) or list(ctx.parameters) == trained
         assert model.drop.p == dropout
 
+    @pytest.mark.parametrize("head", ["cosine", "linear"])
+    def test_the_head_is_drawn_once(self, head: str) -> None:
+        """In the first task: rows of length 1 for the cosine. A later one takes what was loaded."""
+        method, model = seq_star(head=head), Classifier()
+        method.prepare_model(FakeContext(model, task="a"), model)
+        drawn = model.head.weight.detach().clone()
+        assert torch.equal(drawn, first_rows(4, 2, head == "cosine", seed32("seq_star", 0)))
+        later = Classifier()
+        loaded = later.head.weight.detach().clone()
+        method.prepare_model(FakeContext(later, task="b", earlier=["a"]), later)
+        assert torch.equal(later.head.weight, loaded)
+
+    def test_the_head_has_the_form_that_the_flags_say(self) -> None:
+        scales = []
+        for settings in ({}, {"cosine_scale": 2.5}, {"head": "linear"}):
+            model = Classifier()
+            seq_star(**settings).prepare_model(FakeContext(model, task="a"), model)
+            scales.append(model.head.scale)
+        assert scales == [16.0, 2.5, None]
+
+    @pytest.mark.parametrize("scale", [None, 10.0])
+    def test_logits_are_of_full_precision_whatever_the_trainings(self, scale) -> None:
+        """1 + 2^-10 is 1 in bf16."""
+        head = nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            head.weight.fill_(1 + 2**-10)
+        make_head(head, scale, [])
+        h = torch.tensor([[3.0]])
+        plain = head(h)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = head(h)
+        assert low.dtype == torch.float32
+        assert torch.equal(low, plain)
+        assert plain.item() == pytest.approx(3 * (1 + 2**-10) if scale is None else 10.0, abs=1e-6)
+
+    def test_a_server_answers_with_the_classes_learned_so_far(self) -> None:
+        for method in (seq_star(), seq_star(preallocate=True), seq_star(scenario="til")):
+            files = method.export_files(FakeContext(task="a"))
+            assert files == {"classes.json": {"labels": ["x", "y", "z", "w"], "visible": [0, 1]}}
+            files = method.export_files(FakeContext(task="b", earlier=["a"]))
+            assert files["classes.json"]["visible"] == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize(
+        ("name", "had"),
+        [
+            ("head", "linear"),
+            ("cosine_scale", 4.0),
+            ("scenario", "til"),
+            ("preallocate", True),
+            ("labels", json.dumps({"a": ["y", "x"], "b": ["z", "w"]})),
+        ],
+    )
+    def test_settings_of_the_stage_before(self, name: str, had) -> None:
+        method, model = seq_star(), Classifier()
+        ctx = FakeContext(model, task="b", earlier=["a"])
+        method.prepare_model(ctx, model)
+        ctx.state = MethodState(meta={"settings": {**vars(method.config), name: had}})
+        with pytest.raises(UserError, match=f"--seq_star_{name} is .*, but the stage before was trained with"):
+            method.train_begin(ctx)
+        ctx.state = MethodState(meta={"settings": vars(method.config)})
+        method.train_begin(ctx)
+
+    @pytest.mark.parametrize("with_head", [False, True])
+    def test_the_warm_up_goes_on(self, tmp_path: Path, with_head: bool) -> None:
+        """What it trained is put in place: the adapter ('lm'), or adapter and head ('ce')."""
+        from safetensors.torch import load_file, save_file
+
+        model = small_classifier()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        model.save_pretrained(str(tmp_path))
+        stored = {n: t for n, t in load_file(tmp_path / "adapter_model.safetensors").items() if with_head or n != HEAD}
+        save_file(stored, tmp_path / "adapter_model.safetensors")
+        model = small_classifier()
+        ctx = FakeContext(model, task="a")
+        ctx.phases = {"warmup": tmp_path}
+        seq_star().prepare_model(ctx, model)
+        model.save_pretrained(str(tmp_path / "again"))
+        found = load_file(tmp_path / "again" / "adapter_model.safetensors")
+        drawn = first_rows(4, 16, True, seed32("seq_star", 0))
+        assert found.keys() == stored.keys() | {HEAD}
+        assert all(torch.equal(found[name], stored.get(name, drawn)) for name in found)
+
     def test_the_mean_is_over_the_rows_of_the_step(self) -> None:
         """Two micro-batches of 3 rows and 1 row with CE ln 2 each: (3 + 1) ln 2 / 4."""
         method, ctx = seq_star(), FakeContext(Classifier(), task="a")
@@ -150,6 +249,8 @@ class TestHooks:
         ce = {"num_train_epochs": "2.0", "learning_rate": "0.0001"}
         assert seq_star(warmup_epochs=2.0).phases(True) == (Phase("warmup", lm), Phase(""))
         assert seq_star(warmup_epochs=2.0, warmup_target="ce").phases(True) == (Phase("warmup", ce), Phase(""))
+        (warm, _) = seq_star(warmup_lr=0.5).phases(True)
+        assert warm.flags == {**lm, "num_train_epochs": "1.0", "learning_rate": "0.5"}
         assert seq_star(warmup_epochs=0.0).phases(True) == seq_star().phases(False) == (Phase(""),)
 
     def test_export_chooses_the_same_class(self) -> None:
@@ -176,8 +277,10 @@ class TestHooks:
             method.end_task(ctx)
 
     def test_first_rows(self) -> None:
+        """48 numbers, uniform within +-1/4."""
         rows = first_rows(3, 16, False, 1)
-        assert float(rows.abs().max()) <= 0.25
+        assert 0.2 < float(rows.abs().max()) <= 0.25
+        assert not torch.equal(first_rows(3, 16, False, 2), rows)
         assert torch.equal(first_rows(3, 16, False, 1), rows)
         assert first_rows(3, 16, True, 1).norm(dim=-1).tolist() == pytest.approx([1, 1, 1])
 

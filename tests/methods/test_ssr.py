@@ -465,10 +465,14 @@ def test_answers_of_a_closed_set_must_be_labels(tmp_path):
 
 def test_balanced_labels(tmp_path):
     words = [f"w{i}" for i in range(30)]
-    base = in_order(*[said(f" {w}\nOutput: {'negative' if i == 9 else 'positive'}") for i, w in enumerate(words)])
     rows = {"one": labelled(20), "two": kind_rows("two", 20)}
-    answers = lambda keep: [a for _, a in added(stages(pseudo(keep=keep), tmp_path / keep, ["one", "two"], rows, base))]  # noqa: E731
+
+    def answers(keep):
+        base = in_order(*[said(f" {w}\nOutput: {'negative' if i == 9 else 'positive'}") for i, w in enumerate(words)])
+        return [answer for _, answer in added(stages(pseudo(keep=keep), tmp_path / keep, ["one", "two"], rows, base))]
+
     assert sorted(answers("balanced")) == ["negative", "positive"]
+    assert answers("all") == ["positive", "positive"], "valid rows as they come"
 
 
 def test_parse_reads_the_continuation_alone():
