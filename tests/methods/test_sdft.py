@@ -219,6 +219,24 @@ def test_the_teacher_drops_nothing_out(tmp_path: Path, monkeypatch: pytest.Monke
         assert all(term is not None and abs(float(term.detach())) < 1e-6 for term in terms)
 
 
+def test_the_teachers_positions_do_not_count_the_padding_in_front(tmp_path: Path) -> None:
+    """A model of relative positions cannot tell; one of absolute positions can."""
+    method, ctx, model = begun(tmp_path, teacher="live")
+    batches = micro_batches((4,))
+    method.window(ctx, batches)
+    inputs = batches[0]
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    seen: list[dict[str, Any]] = []
+    inner = model.get_base_model().model
+    inner.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    method.loss(ctx, model, inputs, torch.zeros(()), outputs)
+    (given,) = seen
+    masks = given["attention_mask"].bool()
+    assert not masks[0, 0], "the prompts have one length"
+    for positions, mask in zip(given["position_ids"], masks, strict=True):
+        assert positions[mask].tolist() == list(range(int(mask.sum())))
+
+
 def test_the_share_of_answers_that_were_cut_off(tmp_path: Path) -> None:
     """One token is the end or is cut off: of four answers as many as end in another token than 0, or in one of all."""
     method, ctx, _ = begun(tmp_path, max_new_tokens=1)
