@@ -50,6 +50,13 @@ def test_opposite_gradients_cancel():
     assert not close(z, [0.5, 0], 0.1)  # the penalty form with its cap of .5
 
 
+def test_products_count_every_number_of_a_long_vector() -> None:
+    """More than a part of 2^20 numbers: 2^20 + 3 ones, and as many twos."""
+    count = (1 << 20) + 3
+    found = gram([torch.ones(count), torch.full((count,), 2.0)])
+    assert found.tolist() == [[count, 2 * count], [2 * count, 4 * count]]
+
+
 def test_two_constraints_are_met_together():
     """T3."""
     g, g1, g2 = (1.0, 0.5, 1.0), (-1.0, 0.0, 0.0), (0.6, -1.0, 0.0)

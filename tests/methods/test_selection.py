@@ -90,6 +90,8 @@ def test_herding_is_the_literal_formula():
 def test_herding_breaks_ties_by_index():
     points = np.tile(normalised(np.random.default_rng(1).normal(size=(1, 64))), (33, 1))
     assert herding_order(points, 5) == [0, 1, 2, 3, 4]
+    # Mean .2: .2 comes first, then .1 and .3 are equally good, though as computed .3 is better by 5e-17.
+    assert herding_order(np.array([[0.1], [0.2], [0.3]]), 3) == [1, 0, 2]
 
 
 def test_herding_per_class_takes_turns():
