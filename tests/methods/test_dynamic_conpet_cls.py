@@ -73,8 +73,10 @@ def test_only_the_rows_of_the_task_learn(null: float) -> None:
 
 
 def test_the_first_tasks_softmax_knows_no_later_class() -> None:
-    """Logits of 0 of two own classes: ln 2, a mean over the four rows of two micro-batches, of 3 rows and of 1."""
-    method, model = made(), Classifier()
+    """Logits of 0 of two own classes: ln 2, a mean over the four rows of two micro-batches, of 3 rows and of 1.
+
+    With the later two in it, at -1, it would be ln(2 + 2 / e)."""
+    method, model = made(null_logit=-1.0), Classifier()
     ctx = FakeContext(model, task="a")
     model.lora.requires_grad_(False)
     method.prepare_model(ctx, model)
