@@ -13,7 +13,7 @@ import torch
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState, load_method_state, read_json, save_method_state
 from swift_cl.methods import _prompts, dynamic_conpet
-from swift_cl.methods._prompts import last_token_features, questions_alone
+from swift_cl.methods._prompts import last_token_features, questions_alone, routed_features
 from swift_cl.methods._routing import RouteRequest
 from swift_cl.methods.base import EarlierTask
 from swift_cl.methods.dynamic_conpet import DynamicConpet, DynamicConpetConfig, batches, grown, selector_loss
@@ -347,3 +347,17 @@ def test_a_loss_that_is_no_number_stops_the_stage(tmp_path: Path, monkeypatch: p
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         DynamicConpetConfig(**values).validate()
+
+
+def test_what_a_selector_saw_of_a_question_is_not_what_another_one_sees(tmp_path: Path) -> None:
+    """Stage k's selector looks with its own LoRA, on questions that the stages before have routed already."""
+    first, second = (candidate.dir for candidate in make_adapters(tmp_path, ["one", "two"]))
+    router = make_router(DynamicConpet(DynamicConpetConfig()), [])
+    asked = [RouteRequest(({"role": "user", "content": "abc"},), {})]
+    seen = [routed_features(router, "dynamic_conpet", folder, asked, 8) for folder in (first, second, None, first)]
+    with router.model_with(second) as model:
+        alone = last_token_features(model, [router.encode(asked[0].without_stage())], "cpu")
+    assert torch.allclose(seen[1], alone, atol=1e-6)
+    assert not torch.allclose(seen[0], seen[1], atol=1e-3)
+    assert not torch.allclose(seen[1], seen[2], atol=1e-3)
+    assert torch.equal(seen[0], seen[3])
