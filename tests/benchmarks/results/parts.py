@@ -130,8 +130,8 @@ PARTS = {
              methods=("seq", "replay", "mtl", "ssr", "pseudo_replay", "o_lora")),
         Part("news", "The bundled yearly news", "assets/tiny_base", rows=96, epochs=6, batch=8, max_tokens=24),
         Part("absa", "ABSACL_ATSC, order 1, its first eight tasks", BENCH, rows=64, epochs=3, batch=4, test_rows=16),
-        Part("superni", "SuperNI: qa, sa, trans, para, pos", BENCH, rows=32, epochs=3, batch=4, max_tokens=32,
-             scorer="rouge_l"),
+        Part("superni", "SuperNI: qa, sa, trans, para, pos", BENCH, rows=32, epochs=3, batch=4, test_rows=16,
+             max_tokens=32, scorer="rouge_l"),
         Part("concept_1k", "Concept-1K, its first four groups, asked what was learned (memorising accuracy)", BENCH,
              rows=48, epochs=8, batch=8, max_tokens=12),
     )
