@@ -46,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "i_lora": {"lambda": 0.95},
     "sdft": {"max_new_tokens": 12},
     "dynamic_conpet": {"batch_limit": 100},
+    "dynamic_conpet_cls": {"batch_limit": 100},
 }
 
 
