@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.io import MethodState, load_method_state, save_method_state
+from swift_cl.methods._draws import permutation
 from swift_cl.methods.ewc import Ewc, EwcConfig, sampled_labels
 from tests.support.fake_context import FakeContext, FakeGradients
 
@@ -123,6 +124,21 @@ def test_two_ranks_sum_to_one_rank(fisher: str) -> None:
     assert torch.allclose(parts[0] + parts[1], measured(Logistic(), rows, fisher=fisher), rtol=1e-6, atol=0)
 
 
+class TwinRanks(FakeContext):
+    """Two ranks that measure the same: every sum over the ranks is twice what this one has."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(2)
+
+
+def test_the_ranks_add_up_what_each_has_measured() -> None:
+    one = FakeContext(Logistic(), rank=0, world_size=2)
+    both = TwinRanks(Logistic(), rank=0, world_size=2)
+    one.rows = both.rows = LOGISTIC_ROWS
+    method = Ewc(EwcConfig(fisher="empirical"))
+    assert method.fisher(both)[0]["w"].tolist() == (2 * method.fisher(one)[0]["w"]).tolist()
+
+
 class Slopes(nn.Module):
     """At w = 0, log p(1) at position t has gradient slope_t / 2."""
 
@@ -146,6 +162,24 @@ def test_t3_normalisation(norm: str, expected: float) -> None:
     assert measured(Slopes(), SLOPE_ROWS, fisher="empirical", fisher_norm=norm).item() == pytest.approx(expected)
 
 
+def test_t3_the_mean_norm_has_mean_one_over_all_weights() -> None:
+    # 0.048220 and 0.357443 (T2) over their mean 0.2028315
+    fisher = measured(Logistic(), LOGISTIC_ROWS, fisher="empirical", fisher_norm="mean")
+    assert fisher.tolist() == pytest.approx([0.237735, 1.762265], abs=1e-4)
+
+
+def test_the_fisher_is_measured_without_dropout() -> None:
+    class Asked(Slopes):
+        def forward(self, slopes: Tensor) -> Any:
+            assert ctx.measures
+            return super().forward(slopes)
+
+    ctx = FakeContext(Asked())
+    ctx.rows = SLOPE_ROWS
+    Ewc(EwcConfig()).fisher(ctx)
+    assert not ctx.measures
+
+
 def test_rows_without_an_answer_are_not_counted() -> None:
     rows: list[dict[str, Any]] = [{}, {"slopes": [3.0, 3.0], "labels": [1, -100]}, *SLOPE_ROWS]
     assert measured(Slopes(), rows, fisher="empirical", fisher_norm="sample").item() == pytest.approx(20.0)
@@ -160,6 +194,28 @@ def test_the_rows_are_drawn_once_from_the_seed() -> None:
     assert few(1) == few(1)
     assert len({few(seed) for seed in range(5)}) == 5
     assert few(0) != pytest.approx(sum((i / 2) ** 2 for i in range(1, 5)) / 4)  # not simply the first rows
+
+
+def test_the_sampled_labels_are_drawn_from_the_seed() -> None:
+    # All rows are measured, in whatever order, so that only the labels can differ.
+    found = {seed: measured(Logistic(), LOGISTIC_ROWS * 4, seed=seed).tolist() for seed in (0, 1, 2)}
+    assert measured(Logistic(), LOGISTIC_ROWS * 4, seed=1).tolist() == pytest.approx(found[1])
+    assert found[0] != pytest.approx(found[1], rel=1e-3)
+    assert found[1] != pytest.approx(found[2], rel=1e-3)
+
+
+def test_the_state_says_how_much_was_measured_and_does_not_follow_the_weights() -> None:
+    model = Slopes()
+    ctx = FakeContext(model)
+    ctx.rows = SLOPE_ROWS * 3
+    state = Ewc(EwcConfig(fisher="empirical", fisher_samples=4)).end_task(ctx)
+    labels = [sum(label != -100 for label in row["labels"][1:]) for row in ctx.rows]
+    drawn = permutation(6, "ewc", 0)[:4]
+    assert state.meta["n_samples"] == 4
+    assert state.meta["n_tokens"] == sum(labels[i] for i in drawn)
+    with torch.no_grad():
+        model.w += 5
+    assert state.tensors["anchor/w"].tolist() == [0.0]
 
 
 THREE_TASKS = (((2.0,), (0.0,)), ((1.0,), (1.0,)), ((4.0,), (3.0,)))
@@ -275,7 +331,10 @@ def test_a_fisher_that_is_zero_or_not_finite_fails() -> None:
 def test_guard_after_a_tenth_of_the_steps(weight: float, word: str | None, num_items: int | None) -> None:
     config = EwcConfig(lambda_=2.0)
     model = Weights(weight)
-    ctx = FakeContext(model, earlier=["t0"], state=chain(config, ((1.0,), (0.0,))), num_items=num_items)
+    # Two tasks of half the importance: their parabola's offset is no pull, so the guard leaves it out.
+    state = chain(config, ((0.5,), (-1.0,)), ((0.5,), (1.0,)))
+    assert state.meta["offset"] == 1.0
+    ctx = FakeContext(model, earlier=["t0"], state=state, num_items=num_items)
     method = Ewc(config)
     method.train_begin(ctx)
     inputs = {"labels": torch.tensor([[-100, 1, 1]])}
@@ -302,6 +361,7 @@ def test_full_fine_tuning_says_what_it_costs() -> None:
         ({"lambda_": -1.0}, "--ewc_lambda is -1.0, allowed: a number >= 0"),
         ({"lambda_": math.nan}, "--ewc_lambda is nan"),
         ({"gamma": 0.0, "mode": "online"}, r"--ewc_gamma is 0.0, allowed: a number in \(0, 1\]"),
+        ({"gamma": 1.5, "mode": "online"}, r"--ewc_gamma is 1.5, allowed: a number in \(0, 1\]"),
         ({"gamma": 0.5}, "--ewc_gamma is 0.5, allowed: only with --ewc_mode online"),
         ({"fisher_samples": 0}, "--ewc_fisher_samples is 0, allowed: a whole number >= 1"),
     ],

@@ -87,6 +87,8 @@ class FakeContext:
         self.phase = ""
         self.phases: dict[str, Path] = {}
         self.generated_dir = folder / "generated"
+        self.measures = False
+        """Whether `statistics_mode` is on."""
 
     def engine(self, weights: Path | None, backend: str) -> Any:
         assert self.engines is not None
@@ -140,7 +142,11 @@ class FakeContext:
 
     @contextmanager
     def statistics_mode(self) -> Iterator[None]:
-        yield
+        before, self.measures = self.measures, True
+        try:
+            yield
+        finally:
+            self.measures = before
 
     def token_mean(self, total: Tensor, count: Tensor | int) -> Tensor:
         return total / (self.num_items if self.num_items is not None else count)
