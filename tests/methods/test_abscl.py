@@ -224,6 +224,7 @@ def test_what_a_domain_adapter_is_trained_on(tmp_path: Path, on: str) -> None:
     with torch.no_grad():
         found = model(input_ids=torch.tensor([[1, 2, 3, 4]])).logits
     assert torch.equal(found, logits(model, "default", "cl_fixed") if on == "shared" else logits(model, "default"))
+    assert torch.allclose(found, logits(model, "default"), atol=1e-3) == (on == "base")
 
 
 def test_the_trainings_of_a_stage() -> None:
