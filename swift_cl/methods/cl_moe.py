@@ -255,7 +255,7 @@ def centres(features: "Tensor", count: int, seed: int) -> "Tensor":
     """
     from swift_cl.methods._selection import kmeans_clusters
 
-    clusters = kmeans_clusters(features.double().numpy(), min(count, len(features)), seed)
+    clusters = kmeans_clusters(features.double().numpy(), count, seed)
     return torch.stack([features[[row for row, _ in cluster]].mean(dim=0) for cluster in clusters])
 
 

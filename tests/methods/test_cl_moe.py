@@ -90,6 +90,8 @@ def test_c_the_largest_counts_and_the_first_of_equal_ones() -> None:
     other = torch.tensor([[5.0, 0.0, 0.0, 4.0], [0.0, 3.0, 2.0, 2.0]])
     assert task_experts(layers, other, 2, "layer") == {"one": [0, 3], "two": [1, 2]}
     assert task_experts(layers, other, 2, "global") == {"one": [0, 3], "two": [0, 3]}  # sums 5, 3, 2, 6
+    other = torch.tensor([[5.0, 0.0, 0.0, 4.0], [0.0, 9.0, 8.0, 0.0]])
+    assert task_experts(layers, other, 2, "global") == {"one": [1, 2], "two": [1, 2]}  # sums 5, 9, 8, 4
 
 
 def test_d_the_nearest_centre() -> None:
