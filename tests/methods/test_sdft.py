@@ -113,7 +113,7 @@ def test_the_rows_are_those_of_the_task_by_their_numbers() -> None:
         sdft().prepare_task(ctx, [{**ROWS[0], "images": ["a.png"]}])
 
 
-@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("skip", [0, 2, 9])
 def test_the_students_answers_take_the_place_of_the_given_ones(tmp_path: Path, skip: int) -> None:
     method, ctx, model = begun(tmp_path, skip_tokens=skip)
     batches = micro_batches()
