@@ -265,7 +265,7 @@ def test_flags_of_the_teachers_stage(tmp_path):
     assert "--cl_previous" not in given, "a teacher that continues an earlier stage is not fresh"
     assert not [name for name in given if name.startswith("--l2kd")]
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", learning_rate=1.0))[1] != folder
-    assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2")) is not None
+    assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", l2kd_first_task="distill")) is not None
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", l2kd_first_task="plain")) is None
     assert teacher_argv(stage_argv("l2kd", "now", tmp_path / "2", tmp_path / "1", l2kd_first_task="plain")) is not None
 

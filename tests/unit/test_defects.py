@@ -54,6 +54,26 @@ def test_red_green_and_neither_are_told_apart(tmp_path: Path) -> None:
     assert subprocess.run(["git", "status", "--short"], cwd=ROOT, capture_output=True, text=True).stdout == before
 
 
+BASELINE = """
+import sys
+from tests.support.defects import Defect, _not_red
+
+defect = Defect("seq", "of the test", "swift_cl/methods/seq.py", "class Seq(", "class Other(", (sys.argv[1],))
+print("others:", _not_red([defect]))
+"""
+
+
+def test_tests_that_are_red_anyway_prove_nothing(tmp_path: Path) -> None:
+    (tmp_path / "test_red.py").write_text("def test_never_right():\n    assert False\n")
+    command = [sys.executable, "-c", BASELINE, str(tmp_path / "test_red.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    first, verdict, others = done.stdout.splitlines()
+    assert first.startswith("without any defect: red  ")
+    assert first.endswith("test_red.py::test_never_right")
+    assert verdict.startswith("red  seq: of the test")
+    assert others == "others: 1"
+
+
 def test_a_list_that_is_not_there_is_named() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.defects", "ewx"], cwd=ROOT, capture_output=True, text=True
