@@ -76,5 +76,5 @@ def _solve(
 
 
 def agem_weight(square: float, against: float) -> float:
-    """The multiple of g_ref that makes the product with it zero; 0 where it is not negative."""
-    return -against / square if against < 0 and square > 0 else 0.0
+    """The multiple of g_ref to add so that the product with it, which is negative, becomes zero."""
+    return -against / square

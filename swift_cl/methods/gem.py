@@ -179,7 +179,7 @@ class Gem(Method):
             return None
         assert self._layout is not None
         tensors = {
-            f"gradient_{k}/{name}": tensor.to("cpu", copy=True)
+            f"gradient_{k}/{name}": tensor.cpu()
             for k, gradient in enumerate(self._gradients)
             for name, tensor in self._layout.whole(gradient)
         }
@@ -195,7 +195,7 @@ class Gem(Method):
         self._computed_at = state.meta["computed_at"]
         assert self._layout is not None
         stored = [unpack(state.tensors, f"gradient_{k}") for k in range(len(self._memories))]
-        self._gradients = [self._layout.own(t[name].to(ctx.device) for name in ctx.parameters) for t in stored if t]
+        self._gradients = [self._layout.own(t[name].to(ctx.device) for name in ctx.parameters) for t in stored]
 
     def end_task(self, ctx: TaskContext) -> MethodState | None:
         """Add rows of this task to the memory."""
@@ -235,7 +235,7 @@ class Gem(Method):
 
     def _refresh(self, ctx: TaskContext) -> None:
         since = ctx.step - ctx.step % self.config.refresh_steps
-        if self._gradients and since == self._computed_at and since != ctx.step:
+        if since == self._computed_at:
             return
         self._gradients = []  # frees the old ones first: there may be (t - 1) x parameters of them
         assert self._layout is not None

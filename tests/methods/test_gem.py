@@ -97,6 +97,25 @@ def test_the_ridge_is_relative():
     assert not close(z, [0.99975, 0.0005], 0.01)  # an absolute ridge of 1e-3
 
 
+def test_the_ridge_is_relative_to_the_mean_square_of_the_memory_gradients():
+    """eps 1 doubles P where there is one memory: v = .5 / (2 x 1.25) = .2, so z = (1, 0) + .2 (-.5, 1).
+
+    With two of length 1 the mean is 1, so v_k = 1 / (1 + 1); their sum, 2, or a ridge between the two would give 1 / 3.
+    """
+    assert close(step_of((1.0, 0.0), (-0.5, 1.0), margin=0.0, eps=1.0), [0.9, 0.2])
+    assert gem_weights(np.eye(2), np.array([-1.0, -1.0]), 0.0, 1.0).weights.tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_agem_has_no_margin():
+    """The numbers of T1: the weight .4 lies below the margin, which is .5."""
+    assert close(step_of((1.0, 0.0), (-0.5, 1.0), mode="agem"), [0.8, 0.4])
+
+
+def test_products_are_in_fp64():
+    """(10^4, 1) . (10^4, -1) = 10^8 - 1, for which fp32 has no number."""
+    assert gram([torch.tensor([1e4, 1.0]), torch.tensor([1e4, -1.0])])[0, 1].item() == 99_999_999
+
+
 @pytest.mark.parametrize("mode", ["gem", "agem"])
 @pytest.mark.parametrize("margin", [0.0, 0.5])
 def test_without_a_violation_the_gradient_stays_bit_identical(mode, margin):
@@ -108,15 +127,18 @@ def test_without_a_violation_the_gradient_stays_bit_identical(mode, margin):
         method.gradients(ctx, grads)
         assert grads.written == set()
         assert all(torch.equal(grads[name], before[name]) for name in grads.names)
+        assert ctx.logged["gem_min_cos"] >= 0.0  # also with a memory gradient of zero
 
 
-def test_the_first_task_is_untouched():
-    method, ctx = begun({})
+@pytest.mark.parametrize("mode", ["gem", "agem"])
+def test_the_first_task_is_untouched(mode):
+    method, ctx = begun({}, mode=mode, refresh_steps=3)
     grads = gradients((1.0, 0.0))
     method.gradients(ctx, grads)
     assert grads.written == set()
     assert ctx.forwards == 0
     assert ctx.logged == {}
+    assert method.checkpoint_state(ctx) is None
 
 
 MANY = {
@@ -215,6 +237,20 @@ def test_refreshed_gradients_are_kept_between_and_survive_a_checkpoint(tmp_path)
         method.restore_checkpoint(ctx, load_method_state(tmp_path, "gem"))
 
 
+def test_stored_gradients_are_found_by_their_names():
+    """A file has the tensors in an order of its own; the numbers are those of T1."""
+    method, ctx = begun({"old": [(-0.5, 1.0)]}, refresh_steps=3, margin=0.0)
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    state = method.checkpoint_state(ctx)
+    state.tensors = dict(reversed(state.tensors.items()))
+    resumed, ctx = begun({"old": [(-0.5, 1.0)]}, step=1, refresh_steps=3, margin=0.0)
+    resumed.restore_checkpoint(ctx, state)
+    grads = gradients((1.0, 0.0))
+    resumed.gradients(ctx, grads)
+    assert ctx.forwards == 0
+    assert close(grads["theta"].tolist(), [0.8, 0.4])
+
+
 def test_without_refresh_steps_nothing_is_checkpointed():
     method, ctx = begun({"old": [(1.0, 0.0)]})
     method.gradients(ctx, gradients((1.0, 0.0)))
@@ -224,13 +260,38 @@ def test_without_refresh_steps_nothing_is_checkpointed():
 def test_what_is_logged():
     method, ctx = begun({"a": [(-0.5, 1.0)], "b": [(1.0, 0.0)], "c": [(1.0, 1.0)]}, margin=0.0)
     ctx.model.theta.data += torch.tensor([0.3, -0.2])  # changes the length of a one-row memory's gradient only
-    method.gradients(ctx, gradients((1.0, 0.0)))
+    method.gradients(ctx, gradients((2.0, 0.0)))
     assert ctx.logged["gem_violated"] == 1
-    assert ctx.logged["gem_min_cos"] == pytest.approx(-0.5 / 1.25**0.5)
+    assert ctx.logged["gem_min_cos"] == pytest.approx(-0.5 / 1.25**0.5)  # (-.5, 1) and the direction (1, 0)
     ctx.model.theta.data -= torch.tensor([-3.0, 4.0])  # the update that the optimizer really made
     method.after_step(ctx)
     assert ctx.logged["gem_update_min_cos"] == pytest.approx(-0.6)  # with b; with a and c it is positive
     ctx.logged.clear()
+    ctx.is_logging_step = False
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    method.after_step(ctx)
+    assert "gem_update_min_cos" not in ctx.logged
+
+
+def test_how_many_memories_are_violated_is_logged():
+    """Of (-1, 0), (-1, 1) and (1, 0) two."""
+    method, ctx = begun({"a": [(-1.0, 0.0)], "b": [(-1.0, 1.0)], "c": [(1.0, 0.0)]})
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    assert ctx.logged["gem_violated"] == 2
+
+
+def test_an_update_of_zero_has_the_cosine_zero():
+    """A learning rate of 0, as at the first step of a warm-up."""
+    method, ctx = begun({"old": [(-0.5, 1.0)]})
+    method.gradients(ctx, gradients((1.0, 0.0)))
+    method.after_step(ctx)
+    assert ctx.logged["gem_update_min_cos"] == 0.0
+
+
+def test_weights_before_a_step_that_was_skipped_are_forgotten():
+    """The loss scaler leaves a logging step out; the update of the next one is not that of both."""
+    method, ctx = begun({"old": [(-0.5, 1.0)]})
+    method.gradients(ctx, gradients((1.0, 0.0)))
     ctx.is_logging_step = False
     method.gradients(ctx, gradients((1.0, 0.0)))
     method.after_step(ctx)
@@ -252,7 +313,22 @@ def test_huge_weights_fall_back_to_a_larger_ridge():
     assert solution.fell_back
     expected = gem_weights(products, against, 0.0, 1e-3)
     assert solution.weights.tolist() == expected.weights.tolist()
+    # The margin holds for the second solution too: of v_1 = 10^7 / 1.001 and v_2 = 0 without it.
+    with_margin = gem_weights(np.eye(2), np.array([-1e7, 1.0]), 0.5, 1e-6)
+    assert with_margin.weights.tolist() == pytest.approx([1e7 / 1.001, 0.5])
     assert LARGEST_WEIGHT == 1e6
+
+
+def test_a_fallback_is_told():
+    """v = 10^7 for g = (10^7, 0) and g_1 = (-1, 0)."""
+    method, ctx = begun({"old": [(-1.0, 0.0)]}, step=4)
+    method.gradients(ctx, gradients((1e7, 0.0)))
+    assert ctx.notices == ["step 4: weights above 1e+06, so the ridge 0.001 was used"]
+
+
+def test_gem_uses_all_its_settings():
+    _, ctx = begun({"old": [(1.0, 0.0)]}, margin=0.25, eps=1e-3)
+    assert ctx.notices == []
 
 
 def test_agem_says_which_settings_it_does_not_use():
