@@ -117,10 +117,10 @@ def rows_of_batch(inputs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
     count = inputs["labels"].shape[0]
     found: dict[str, Any] = {}
     for key, value in inputs.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count:
-            found[key] = value[rows]
-        elif key == "position_ids" and value.dim() == 3:  # one plane a dimension of multimodal positions
+        if key == "position_ids" and value.dim() == 3:  # one plane a dimension of multimodal positions
             found[key] = value[:, rows]
+        elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == count:
+            found[key] = value[rows]
         else:
             found[key] = value
     return found

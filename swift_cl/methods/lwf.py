@@ -188,6 +188,8 @@ class Lwf(Method):
         if attention is not None and attention.shape == labels.shape:
             real = attention.bool()
         wanted = real[:, 1:] & real[:, :-1]
+        if position_ids is not None and position_ids.dim() == 3:  # a plane a dimension of multimodal positions
+            position_ids = position_ids[0]
         if position_ids is not None and position_ids.shape == labels.shape:
             wanted = wanted & (position_ids[:, 1:] > 0)  # packed rows: the next row's first token is not predicted
         # The logits at the last position predict nothing that is known.

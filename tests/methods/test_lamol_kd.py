@@ -83,8 +83,9 @@ def test_before_the_first_step_the_old_rows_cost_nothing(tmp_path):
     method, ctx, model = second_stage(tmp_path)
     inputs = batch()
     total = loss_of(method, ctx, model, inputs, CHANNELS)
-    assert abs(ctx.logged["lamol_kd_pseudo_qa"]) < 1e-9
-    assert abs(ctx.logged["lamol_kd_pseudo_lm"]) < 1e-9
+    # Teacher and student run on different numbers of lines, which processors round differently in fp32.
+    assert abs(ctx.logged["lamol_kd_pseudo_qa"]) < 1e-6
+    assert abs(ctx.logged["lamol_kd_pseudo_lm"]) < 1e-6
     expected = ctx.logged["lamol_kd_new_qa"] + 0.25 * ctx.logged["lamol_kd_new_lm"]
     assert total.item() == pytest.approx(expected)
 
@@ -114,6 +115,15 @@ def test_no_graph_of_the_teacher_is_kept(tmp_path):
     method, ctx, model = second_stage(tmp_path)
     model.enable_input_require_grads()
     assert not method._teacher.logits(ctx, batch()).requires_grad
+
+
+def test_the_teacher_computes_no_loss(tmp_path):
+    stage_adapter(tmp_path)
+    method, ctx, model = second_stage(tmp_path)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, given: seen.append(sorted(given)), with_kwargs=True)
+    method._teacher.logits(ctx, batch())
+    assert seen == [["attention_mask", "input_ids"]]
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
@@ -249,10 +259,25 @@ def test_every_rank_knows_where_the_teacher_is_asked():
 
 def test_lines_of_a_batch():
     inputs = {"labels": torch.arange(6).view(3, 2), "position_ids": torch.arange(12).view(2, 3, 2), "logits_to_keep": 2}
-    part = rows_of_batch(inputs, torch.tensor([2]))
+    part = rows_of_batch({**inputs, "scale": torch.tensor(3.0), "table": torch.zeros(7, 3)}, torch.tensor([2]))
     assert part["labels"].tolist() == [[4, 5]]
     assert part["position_ids"].tolist() == [[[4, 5]], [[10, 11]]]
     assert part["logits_to_keep"] == 2
+    assert part["scale"] == 3.0
+    assert part["table"].shape == (7, 3)
+
+
+def test_planes_of_positions_are_not_taken_for_lines():
+    """As many of them, three, as the batch has lines: each is cut, none is left out."""
+    inputs = {"labels": torch.zeros(3, 2), "position_ids": torch.arange(18).view(3, 3, 2)}
+    part = rows_of_batch(inputs, torch.tensor([2]))
+    assert part["position_ids"].tolist() == [[[4, 5]], [[10, 11]], [[16, 17]]]
+
+
+def test_a_task_may_have_any_name():
+    assert is_generated("pseudo/qa")
+    assert not is_generated("new/pseudo")
+    assert not is_generated(None)
 
 
 def test_only_the_same_teacher_goes_on(tmp_path):
@@ -263,6 +288,8 @@ def test_only_the_same_teacher_goes_on(tmp_path):
     with pytest.raises(UserError, match="the checkpoint was trained with another teacher: sha256 abc"):
         method.restore_checkpoint(ctx, MethodState(meta={"teacher_sha256": "abc"}))
     assert lamol_kd().checkpoint_state(FakeContext()) is None
+    with pytest.raises(UserError, match=r"sha256 .*, now it is None"):
+        lamol_kd().restore_checkpoint(FakeContext(), state)  # a first task has no teacher
 
 
 def test_two_teachers_do_not_mix(tmp_path):

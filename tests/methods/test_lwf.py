@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from swift_cl.errors import UserError
+from swift_cl.errors import RunFailure, UserError
 from swift_cl.methods._distillation import divergence_sum
 from swift_cl.methods.lwf import Lwf, LwfConfig
 from tests.support.fake_context import FakeContext
@@ -22,7 +22,7 @@ class Table(nn.Module):
         self.z = nn.Parameter(z.clone())
 
     def forward(self, input_ids: Tensor, **other: Any) -> Any:
-        return SimpleNamespace(logits=self.z.unsqueeze(0).expand(len(input_ids), -1, -1))
+        return SimpleNamespace(logits=self.z.repeat(len(input_ids), 1, 1))
 
 
 class Ranked(FakeContext):
@@ -121,6 +121,7 @@ def test_without_a_window_count_it_is_the_mean_of_the_micro_batch() -> None:
     method, ctx, model = taught(teacher, torch.zeros(4, 2), LwfConfig(temperature=1.0, lambda_=3.0))
     assert term(method, ctx, model, [[-100, 1, 1, 1]]).item() == pytest.approx(0.6, abs=1e-6)
     assert ctx.logged["lwf_kl"] == pytest.approx(0.2, abs=1e-6)
+    assert ctx.log_weights["lwf_kl"] == 3
 
 
 def naive(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -174,6 +175,7 @@ def test_no_answer_in_a_micro_batch_gives_a_zero_that_backward_accepts() -> None
     found = term(method, ctx, model, [[-100, -100, -100]])
     found.backward()
     assert found.item() == 0.0
+    assert ctx.logged["lwf_kl"] == 0.0
     assert model.z.grad is not None
     assert not model.z.grad.any()
 
@@ -199,13 +201,142 @@ def test_all_tokens_skip_padding_and_the_seams_of_packed_rows() -> None:
         ({}, [0, 1, 2, 3, 4]),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, [0, 1, 2]),
         ({"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1]])}, [2, 3, 4]),
+        ({"attention_mask": torch.ones(1, 1, 6, 6)}, [0, 1, 2, 3, 4]),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, [0, 1, 3, 4]),
+        ({"position_ids": torch.tensor([[[0, 1, 2, 0, 1, 2]]] * 3)}, [0, 1, 3, 4]),  # of a model that sees images
+        ({"position_ids": torch.arange(3)}, [0, 1, 2, 3, 4]),
     ]
     for more, positions in cases:
         method.window(ctx, [{"labels": torch.tensor(labels), **more}])
         found = term(method, ctx, model, labels, **more)
         expected = sum(0.1 * (i + 1) for i in positions) / (len(positions) + 10)
         assert found.item() == pytest.approx(expected, abs=1e-6), more
+
+
+def test_all_micro_batches_are_one_window() -> None:
+    """Five and three predicted tokens here, ten on another rank."""
+    teacher = torch.zeros(6, 2)
+    teacher[:, 0] = logit_with_divergence(0.1)
+    model = Table(teacher)
+    ctx = Window(model, earlier=["t0"])
+    method = Lwf(LwfConfig(tokens="all", temperature=1.0))
+    method.prepare_model(ctx, model)
+    with torch.no_grad():
+        model.z.zero_()
+    labels = [[-100, -100, -100, -100, -100, 1]]
+    short = {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}
+    method.window(ctx, [{"labels": torch.tensor(labels)}, {"labels": torch.tensor(labels), **short}])
+    assert term(method, ctx, model, labels).item() == pytest.approx(5 * 0.1 / 18, abs=1e-6)
+    assert term(method, ctx, model, labels, **short).item() == pytest.approx(3 * 0.1 / 18, abs=1e-6)
+
+
+def test_a_window_of_single_tokens_has_nothing_to_predict() -> None:
+    model = Table(torch.ones(1, 2))
+    ctx = FakeContext(model, earlier=["t0"])
+    method = Lwf(LwfConfig(tokens="all"))
+    method.prepare_model(ctx, model)
+    method.window(ctx, [{"labels": torch.tensor([[1]])}])
+    assert term(method, ctx, model, [[1]]).item() == 0.0
+
+
+def test_all_tokens_of_an_encoder_decoder_are_those_of_its_answer() -> None:
+    """Logit t predicts label t there, and its inputs are no part of the logits."""
+    model = Table(torch.zeros(3, 2))
+    model.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
+    for tokens in ("all", "answer"):
+        method = Lwf(LwfConfig(tokens=tokens))
+        found = method._positions(FakeContext(model), {"labels": torch.tensor([[1, 0, 1], [1, -100, -100]])})
+        assert found.tolist() == [[True, True, True], [True, False, False]]
+
+
+def test_the_top_k_and_one_bucket_for_the_rest() -> None:
+    """Teacher (.5, .25, .2, .05), student uniform; the top two: .5 ln(.5 / .25) + .25 ln 1 + .25 ln(.25 / .5)."""
+    teacher = torch.zeros(2, 4)
+    teacher[0] = torch.tensor([0.5, 0.25, 0.2, 0.05]).log()
+    config = LwfConfig(temperature=1.0, top_k=2)
+    method, ctx, model = taught(teacher, torch.zeros(2, 4), config, num_items=1)
+    found = term(method, ctx, model, [[-100, 1]]).item()
+    assert found == pytest.approx(0.25 * math.log(2), abs=1e-6)  # all four give 0.221473
+
+
+def test_so_many_positions_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def recorded(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float, top_k: int, chunk: int) -> Tensor:
+        seen.append(chunk)
+        return student.sum()
+
+    method, ctx, model = taught(torch.ones(2, 2), torch.zeros(2, 2), LwfConfig(chunk_tokens=7))
+    monkeypatch.setattr("swift_cl.methods._distillation.divergence_sum", recorded)
+    term(method, ctx, model, [[-100, 1]])
+    assert seen == [7]
+
+
+# --- the check before the first step ---------------------------------------------------------------------------------
+
+
+def check(rows: list[dict[str, list[int]]], teacher: Tensor, student: Tensor) -> None:
+    """Begin a task whose weights are not those that were loaded."""
+    model = Table(teacher)
+    ctx = FakeContext(model, earlier=["t0"])
+    ctx.rows = rows  # type: ignore[assignment]
+    method = Lwf(LwfConfig())
+    method.prepare_model(ctx, model)
+    with torch.no_grad():
+        model.z.copy_(student)
+    method.train_begin(ctx)
+
+
+def test_the_check_says_how_far_a_token_is_off() -> None:
+    """Two tokens with the divergence of T1 each, after rows that the template drops."""
+    teacher = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    row = {"input_ids": [0, 0, 0], "labels": [-100, 1, 1]}
+    with pytest.raises(RunFailure, match=r"divergence from the previous model is 0\.111 per token"):
+        check([{}] * 5 + [row], teacher, torch.zeros(3, 2))
+
+
+def test_a_row_without_an_answer_says_nothing() -> None:
+    check([{"input_ids": [0, 0], "labels": [-100, -100]}], torch.ones(2, 2), torch.zeros(2, 2))
+
+
+def test_weights_that_are_not_finite_fail_the_check() -> None:
+    row = {"input_ids": [0, 0], "labels": [-100, 1]}
+    with pytest.raises(RunFailure, match="is nan per token"):
+        check([row], torch.ones(2, 2), torch.full((2, 2), math.nan))
+
+
+class Unlabelled(Table):
+    """Takes no labels: a loss of its own would cost time, and with them it may return no logits."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return super().forward(input_ids)
+
+
+def test_no_forward_is_told_the_labels() -> None:
+    model = Unlabelled(torch.ones(2, 2))
+    ctx = FakeContext(model, earlier=["t0"])
+    ctx.rows = [{"input_ids": [0, 0], "labels": [-100, 1]}]
+    method = Lwf(LwfConfig())
+    method.prepare_model(ctx, model)
+    method.train_begin(ctx)
+    assert term(method, ctx, model, [[-100, 1]]).item() == 0.0
+
+
+def test_the_copy_has_the_dtype_that_the_engine_trains_in() -> None:
+    model = Table(torch.ones(2, 2))
+    ctx = FakeContext(model, earlier=["t0"])
+    method = Lwf(LwfConfig())
+    method.prepare_model(ctx, model)
+    model.to(torch.bfloat16)
+    method.train_begin(ctx)
+    assert ctx.notices == [f"full fine-tuning: the teacher takes {8 / 2**30:.3g} GiB more"]  # four numbers of bf16
+
+
+def test_all_logits_are_computed_where_all_are_distilled() -> None:
+    assert Lwf(LwfConfig(tokens="all")).required_flags() == {"use_logits_to_keep": "false"}
+    assert Lwf(LwfConfig()).required_flags() == {}
+    method, ctx, model = taught(torch.zeros(2, 2), torch.zeros(2, 2), num_items=1)
+    assert term(method, ctx, model, [[-100, 1]], logits_to_keep=2).item() == 0.0
 
 
 def test_all_tokens_need_all_logits() -> None:
@@ -246,7 +377,7 @@ def test_the_teacher_of_full_fine_tuning_stays_outside_the_model() -> None:
     assert [name for name, _ in model.named_parameters()] == ["z"]
     assert not model.z.any()
     assert model.z.requires_grad
-    assert any("teacher takes" in message for message in ctx.notices)
+    assert ctx.notices == [f"full fine-tuning: the teacher takes {16 / 2**30:.3g} GiB more"]  # four numbers of fp32
 
 
 @pytest.mark.parametrize(
@@ -262,3 +393,4 @@ def test_values_out_of_range(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         LwfConfig(**flags).validate()
     LwfConfig().validate()
+    LwfConfig(lambda_=0.0).validate()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swift_cl.errors import RunFailure, UserError
+from swift_cl.io import sha256_file
 from swift_cl.methods.lwf import Lwf, LwfConfig
 from tests.support.fake_context import FakeContext
 from tests.support.tiny_lora import continued, language_model, stage_adapter
@@ -58,7 +59,7 @@ def rows_of(*lengths: int) -> list[dict[str, list[int]]]:
 
 def later_stage(folder: Path, config: LwfConfig | None = None) -> tuple[Lwf, Quiet, Any]:
     model = continued(folder)
-    ctx = Quiet(model, earlier=["t0"], folder=folder)
+    ctx = Quiet(model, earlier=["gone", "t0"], folder=folder)  # the teacher is of the latest task
     ctx.rows = rows_of(5, 9, 3, 7, 4)
     method = Lwf(config or LwfConfig())
     method.prepare_model(ctx, model)
@@ -122,9 +123,10 @@ def test_base_as_teacher_of_the_first_task(tmp_path: Path) -> None:
     stage_adapter(tmp_path)
     model = continued(tmp_path)
     ctx = Quiet(model)
+    ctx.rows = rows_of(5, 6)
     method = Lwf(LwfConfig(first_task="base"))
     method.prepare_model(ctx, model)
-    method.train_begin(ctx)
+    method.train_begin(ctx)  # the student does not start as the base, and need not
     inputs = ctx.collate(rows_of(6, 6))
     forward = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     outputs = model(**forward)
@@ -198,3 +200,19 @@ def test_a_missing_or_changed_teacher_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "t0" / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"adapter_model.safetensors: file not found"):
         Lwf(LwfConfig()).prepare_model(FakeContext(model, earlier=["t0"], folder=tmp_path), model)
+
+
+def test_no_graph_of_the_teacher_is_kept(tmp_path: Path) -> None:
+    """Gradient checkpointing makes embeddings ask for a gradient, though nothing in the teacher is trained."""
+    stage_adapter(tmp_path)
+    method, ctx, model = later_stage(tmp_path)
+    model.enable_input_require_grads()
+    assert not method._teacher_logits(ctx, ctx.collate(ctx.rows)).requires_grad
+
+
+def test_the_state_says_who_the_teacher_was(tmp_path: Path) -> None:
+    stage_adapter(tmp_path)
+    method, ctx, _ = later_stage(tmp_path)
+    folder = tmp_path / "t0" / "adapter"
+    expected = {"teacher": str(folder), "teacher_sha256": sha256_file(folder / "adapter_model.safetensors")}
+    assert method.end_task(ctx).meta == expected

@@ -76,6 +76,7 @@ class FakeContext:
         self.micro_batch, self.global_batch = 4, 8
         self.is_logging_step, self.schedule = True, 1.0
         self.logged: dict[str, float] = {}
+        self.log_weights: dict[str, int] = {}
         self.notices: list[str] = []
         self.records: dict[str, Any] = {}
         self.rows: list[TrainingRow] = []
@@ -162,7 +163,7 @@ class FakeContext:
         return self.state
 
     def log(self, name: str, value: Tensor | float, weight: int = 1) -> None:
-        self.logged[name] = float(value)
+        self.logged[name], self.log_weights[name] = float(value), weight
 
     def record(self, name: str, value: Any) -> None:
         self.records[name] = value
