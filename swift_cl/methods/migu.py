@@ -89,7 +89,7 @@ class Migu(Method):
     def _begin(self, model: Any, arguments: Any, options: dict[str, Any]) -> None:
         self._counting = bool(model.training)
         mask = options.get("attention_mask")
-        self._real = mask.bool() if mask is not None and mask.dim() == 2 else None
+        self._real = mask.bool() if mask is not None else None
 
     def _end(self, model: Any, arguments: Any, output: Any) -> None:
         self._counting = False
@@ -114,12 +114,12 @@ class Migu(Method):
 
         Args:
             output: [..., units].
-            real: [rows, length], which tokens count; ignored where the output has other tokens.
+            real: [...], which tokens count; None for all.
         """
         size = output.float().abs()
         if self.config.statistic == "normalized":
             size = size / size.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        if real is not None and real.shape == size.shape[:-1]:
+        if real is not None:
             size = size * real.unsqueeze(-1)
         return size.flatten(0, -2).sum(dim=0)
 
@@ -135,7 +135,7 @@ class Migu(Method):
             for name in self._units[module_name]:
                 gradient = grads[name]
                 grads[name] = gradient * mask.view(-1, *[1] * (gradient.dim() - 1))
-        if masks and ctx.is_logging_step:
+        if ctx.is_logging_step:
             ctx.log("migu_updated", torch.cat(list(masks.values())).float().mean())
 
     def _masks(self, ctx: TaskContext) -> "dict[str, Tensor]":

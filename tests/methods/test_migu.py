@@ -41,8 +41,6 @@ def test_padding_has_none() -> None:
     output = torch.tensor([[[1.0, 3.0], [4.0, 1.0]]])
     method = Migu(MiguConfig())
     assert method.magnitudes(output, torch.tensor([[True, False]])).tolist() == [0.25, 0.75]
-    # Another number of tokens than the mask's (logits of answers only, image patches): all count.
-    assert method.magnitudes(output, torch.tensor([[True, False, True]])).tolist() == pytest.approx([1.05, 0.95])
 
 
 class Layer(nn.Module):
@@ -90,7 +88,8 @@ def test_all_micro_batches_of_a_step_count_and_none_of_the_step_before() -> None
     x = torch.tensor([[[10.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])
     for part in x:
         ctx.model(part)  # type: ignore[misc]
-    assert masked(method, ctx)["layer.bias"].tolist() == [1.0, 0.0, 1.0, 0.0]  # (10, 3, 20, .5)
+    assert method._magnitudes["layer"].tolist() == [10.0, 3.0, 20.0, 0.5]
+    assert masked(method, ctx)["layer.bias"].tolist() == [1.0, 0.0, 1.0, 0.0]
     ctx.model(x[1])  # type: ignore[misc]
     assert masked(method, ctx)["layer.bias"].tolist() == [0.0, 1.0, 0.0, 1.0]  # (0, 3, 0, .5)
 
@@ -245,3 +244,83 @@ def test_in_training_every_forward_is_seen(tmp_path: Any, monkeypatch: pytest.Mo
 def test_values_out_of_range(ratio: float) -> None:
     with pytest.raises(UserError, match="--migu_mask_ratio is"):
         MiguConfig(mask_ratio=ratio).validate()
+    MiguConfig(mask_ratio=0.0).validate()
+
+
+def test_magnitudes_are_added_up_in_fp32() -> None:
+    """301 ones; bf16 knows 300 and 302."""
+    found = Migu(MiguConfig(statistic="sum")).magnitudes(torch.ones(1, 301, 1, dtype=torch.bfloat16), None)
+    assert found.tolist() == [301.0]
+
+
+TOKENS = torch.tensor([[[10.0, 0.0], [0.0, 1.0]]])
+"""Two tokens of `Layer`: (10, 0, 20, 0) and (0, 3, 0, .5)."""
+
+
+def test_tokens_of_all_rows_count() -> None:
+    ctx = FakeContext(Layer().train(), earlier=["t0"])
+    method = begun(ctx)
+    ctx.model(TOKENS.transpose(0, 1))  # type: ignore[misc]
+    assert method._magnitudes["layer"].tolist() == [10.0, 3.0, 20.0, 0.5]
+
+
+def test_the_attention_mask_of_the_forward_says_what_is_padding() -> None:
+    ctx = FakeContext(Layer().train(), earlier=["t0"])
+    method = begun(ctx)
+    ctx.model(TOKENS, attention_mask=torch.tensor([[1, 0]]))  # type: ignore[misc]
+    assert method._magnitudes["layer"].tolist() == [10.0, 0.0, 20.0, 0.0]
+    assert not method._magnitudes["layer"].requires_grad
+
+
+def test_a_mask_of_other_positions_is_none() -> None:
+    """One of image patches, or of pairs of tokens."""
+    for mask in (torch.tensor([[1, 0, 1]]), torch.zeros(1, 1, 2, 2)):
+        ctx = FakeContext(Layer().train(), earlier=["t0"])
+        method = begun(ctx)
+        ctx.model(TOKENS, attention_mask=mask)  # type: ignore[misc]
+        assert method._magnitudes["layer"].tolist() == [10.0, 3.0, 20.0, 0.5]
+
+
+def test_a_layer_that_sees_all_tokens_counts_the_prompt_too() -> None:
+    ctx = FakeContext(Layer().train(), earlier=["t0"])
+    method = begun(ctx)
+    with method.forward(ctx, {"labels": torch.tensor([[-100, 7]])}):
+        ctx.model(TOKENS, attention_mask=torch.ones(1, 2))  # type: ignore[misc]
+    assert method._magnitudes["layer"].tolist() == [10.0, 3.0, 20.0, 0.5]
+
+
+@pytest.mark.parametrize("inputs", [{}, {"labels": torch.tensor([1])}])
+def test_labels_of_the_batch_before_and_of_whole_rows_say_nothing_of_tokens(inputs: dict[str, Tensor]) -> None:
+    ctx = FakeContext(Layer().train(), earlier=["t0"])
+    method = begun(ctx)
+    with method.forward(ctx, {"labels": torch.tensor([[-100, 7]])}):
+        pass
+    with method.forward(ctx, inputs):
+        ctx.model(TOKENS)  # type: ignore[misc]
+    assert method._magnitudes["layer"].tolist() == [10.0, 3.0, 20.0, 0.5]
+
+
+def test_a_step_that_the_loss_scaler_skipped_leaves_nothing() -> None:
+    ctx = FakeContext(Layer().train(), earlier=["t0"])
+    method = begun(ctx)
+    ctx.model(TOKENS[:, :1])  # type: ignore[misc]
+    method.window(ctx, [])
+    ctx.model(TOKENS[:, 1:])  # type: ignore[misc]
+    assert masked(method, ctx)["layer.bias"].tolist() == [0.0, 1.0, 0.0, 1.0]  # (0, 3, 0, .5)
+
+
+def test_a_layer_that_no_rank_called_is_trained_whole() -> None:
+    ctx = FakeContext(Layer().train(), earlier=["t0"])
+    method = begun(ctx)
+    assert masked(method, ctx)["layer.bias"].tolist() == [1.0] * 4
+
+
+def test_what_is_logged_is_the_share_of_all_units() -> None:
+    """Ratio .5: two of four units and, their median being one of them, two of three; 4 / 7."""
+    ctx = FakeContext(nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 3)).train(), earlier=["t0"])
+    method = begun(ctx)
+    for ctx.is_logging_step in (False, True):
+        assert ctx.logged == {}
+        ctx.model(torch.ones(1, 1, 1))  # type: ignore[misc]
+        masked(method, ctx)
+    assert ctx.logged["migu_updated"] == pytest.approx(4 / 7)
