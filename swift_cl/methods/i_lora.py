@@ -299,12 +299,8 @@ def _of_rows(inputs: Mapping[str, Any], rows: Sequence[int]) -> tuple[dict[str, 
 
     Images of several rows stand in one tensor, which cannot be cut by rows.
     """
-    given = {key: value for key, value in inputs.items() if key not in ("labels", "logits_to_keep")}
-    count = len(inputs["input_ids"])
-    whole = any(key.startswith(("pixel_", "image_", "video_", "audio_")) for key in given)
-    if not whole:
-        given = {
-            key: value[list(rows)] if isinstance(value, torch.Tensor) and value.shape[:1] == (count,) else value
-            for key, value in given.items()
-        }
-    return given, whole
+    from swift_cl.methods._frozen_teacher import rows_of_batch
+
+    whole = any(key.startswith(("pixel_", "image_", "video_", "audio_")) for key in inputs)
+    given = inputs if whole else rows_of_batch(inputs, torch.tensor(rows, device=inputs["labels"].device))
+    return {key: value for key, value in given.items() if key not in ("labels", "logits_to_keep")}, whole

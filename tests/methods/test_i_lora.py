@@ -1,5 +1,7 @@
 """i_lora against hand-computed numbers (T1 to T7 of its specification), and its checks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ from torch import Tensor, nn
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState
 from swift_cl.methods._hidden_states import HiddenStates
+from swift_cl.methods._row_store import RowStore, SeenTask, StoredRow
 from swift_cl.methods._state import pack, shapes_of
 from swift_cl.methods.base import TrainingRow
 from swift_cl.methods.i_lora import MEMORY, ROW_MARK, ILora, ILoraConfig
 from swift_cl.methods.replay import Replay, ReplayConfig
 from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext
-from tests.support.language_model import TokenContext
+from tests.support.language_model import TokenContext, token_row
 from tests.support.lora_pair import LoraPair
 from tests.support.ranks import on_ranks
 from tests.support.replayed import stored, task_rows
@@ -191,7 +194,7 @@ class Named(FakeContext):
 def later_task(folder: Path, rank: int = 0, world: int = 1, **settings: Any) -> tuple[ILora, Named]:
     """A second task: the kept adapter is slow, the state has it and the fast weights, which are 1.2 times as large."""
     model = continued(folder)
-    ctx = Named(model, earlier=["t0"], folder=folder, rank=rank, world_size=world)
+    ctx = Named(model, earlier=["gone", "t0"], folder=folder, rank=rank, world_size=world)
     kept = {name: weight.clone() for name, weight in ctx.weights().items()}
     fast = {name: weight * 1.2 for name, weight in kept.items()}
     ctx.state = MethodState(pack(slow=kept, trained=fast), {"parameters": shapes_of(kept)})
@@ -241,6 +244,7 @@ def test_the_term_is_the_distance_of_the_memory_rows_alone(tmp_path: Path, layer
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert found.item() > 1e-4
     assert ctx.logged["i_lora_mse"] == pytest.approx(found.item() / 2)
+    assert ctx.log_weights["i_lora_mse"] == int(real.sum())
     found.backward()
     assert ctx.model is not None
     for name, parameter in ctx.model.named_parameters():
@@ -301,11 +305,20 @@ def test_the_fast_weights_are_continued_and_the_model_is_left_clean(tmp_path: Pa
     assert ctx.state is not None
     for name, weight in ctx.weights().items():
         assert torch.equal(weight, ctx.state.tensors[f"trained/{name}"])
+    store = RowStore()
+    for task in ("gone", "t0"):
+        store.add(SeenTask(task, 1, 0), [StoredRow.of(task_rows(task, 1)[0], task)], [1] * (1 + len(store.seen)))
+    ctx.state.rows = store.state().rows
+    ctx.state.meta |= store.state().meta
+    ctx.rows = task_rows("now", 3)
     decoder = ctx.module_for_forward.get_decoder()
     assert decoder._forward_hooks
-    assert method._states is not None
-    method._states.remove()
+    state = method.end_task(ctx)
     assert not decoder._forward_hooks
+    for name, weight in ctx.weights().items():  # the slow weights are those of before, the trained ones 1.2 times them
+        assert torch.equal(state.tensors[f"slow/{name}"], ctx.state.tensors[f"slow/{name}"])
+        assert torch.equal(state.tensors[f"trained/{name}"], weight)
+        assert not torch.equal(weight, state.tensors[f"slow/{name}"])
 
 
 def test_a_hidden_state_that_does_not_exist(tmp_path: Path) -> None:
@@ -315,6 +328,26 @@ def test_a_hidden_state_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no hidden state 3, allowed: -3 to 2"):
         model(input_ids=torch.tensor([[1, 2]]))
     states.remove()
+    states = HiddenStates(model, [-4])
+    with pytest.raises(UserError, match="there is no hidden state -4, allowed: -3 to 2"):
+        model(input_ids=torch.tensor([[1, 2]]))
+    states.remove()
+
+
+@pytest.mark.parametrize("layers", [[-1], None])
+def test_hidden_states_are_let_go(tmp_path: Path, layers: list[int] | None) -> None:
+    stage_adapter(tmp_path)
+    model = continued(tmp_path)
+    states = HiddenStates(model, layers)
+    model(input_ids=torch.tensor([[1, 2]]))
+    assert [tuple(state.shape) for state in states.take()] == [(1, 2, 16)] * (1 if layers else 3)
+    assert states.take() == []
+    model(input_ids=torch.tensor([[1, 2]]))
+    states.remove()
+    assert states.take() == []
+    model(input_ids=torch.tensor([[1, 2]]))
+    assert states.take() == []
+    assert not model.get_decoder()._forward_pre_hooks
 
 
 def test_an_encoder_decoder_is_refused() -> None:
@@ -364,9 +397,36 @@ def test_images_go_through_the_slow_forward_whole() -> None:
     given, whole = _of_rows(inputs, [1])
     assert whole
     assert given["input_ids"].shape == (3, 2)
-    given, whole = _of_rows({"input_ids": torch.zeros(3, 2), "attention_mask": None}, [1, 2])
+    given, whole = _of_rows(
+        {"input_ids": torch.zeros(3, 2), "labels": torch.zeros(3, 2), "attention_mask": None}, [1, 2]
+    )
     assert not whole
     assert given["input_ids"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_planes_of_positions_are_cut_by_rows(rows: int) -> None:
+    """A model that sees images has three planes of positions for rows of text too, be they three rows or not."""
+    from swift_cl.methods.i_lora import _of_rows
+
+    ids, planes = torch.arange(2 * rows).view(rows, 2), torch.arange(6 * rows).view(3, rows, 2)
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": planes, "logits_to_keep": 1}
+    given, _ = _of_rows(inputs, [2])
+    assert given.keys() == {"input_ids", "position_ids"}  # a loss or some of the logits are not asked for
+    assert given["input_ids"].tolist() == [[4, 5]]
+    assert given["position_ids"].tolist() == [[[4, 5]], [[4 + 2 * rows, 5 + 2 * rows]], [[4 + 4 * rows, 5 + 4 * rows]]]
+
+
+def test_rows_with_images_are_compared_with_themselves(tmp_path: Path) -> None:
+    """The slow forward sees all rows then; the term is that of the memory rows, which are not the first ones."""
+    stage_adapter(tmp_path)
+    found = []
+    for more in ({}, {"image_sizes": None}):
+        method, ctx = later_task(tmp_path)
+        value = term(method, ctx, {**batch(None, MEMORY, MEMORY), **more})
+        assert value is not None
+        found.append(value.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def test_a_padding_free_collator_is_switched_off() -> None:
@@ -377,3 +437,223 @@ def test_a_padding_free_collator_is_switched_off() -> None:
     assert complete_flags([*given, "--padding_free", "False"]) == [*given, "--padding_free", "False"]
     with pytest.raises(UserError, match="--padding_free true does not work with method 'i_lora', which needs false"):
         complete_flags([*given, "--padding_free", "true"])
+
+
+# --- what a stage begins with ----------------------------------------------------------------------------------------
+
+
+def test_without_a_weight_there_is_no_second_adapter(tmp_path: Path) -> None:
+    stage_adapter(tmp_path)
+    method, ctx = later_task(tmp_path, gamma=0.0)
+    assert ctx.model is not None
+    assert not any(".slow." in name for name, _ in ctx.model.named_parameters())
+    assert term(method, ctx, batch(MEMORY, MEMORY)) is None
+
+
+def test_other_parts_than_a_and_b_are_refused() -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(UserError, match="method 'i_lora' works on the matrices A and B of LoRA"):
+        ILora(ILoraConfig()).prepare_model(FakeContext(model), model)
+
+
+def test_a_state_of_other_shapes_is_refused(tmp_path: Path) -> None:
+    stage_adapter(tmp_path)
+    method, ctx = later_task(tmp_path)
+    with pytest.raises(UserError, match="the state of method 'i_lora' does not fit the trained parameters"):
+        method.restore_checkpoint(ctx, MethodState(pack(slow=ctx.weights()), {"parameters": {}, "updates": 1}))
+    assert ctx.state is not None
+    ctx.state.meta["parameters"] = {}
+    with pytest.raises(UserError, match="the state of method 'i_lora' does not fit the trained parameters"):
+        ILora(ILoraConfig()).prepare_model(ctx, ctx.model)
+
+
+def run_adapter(ctx: Named) -> dict[str, Tensor]:
+    """The weights of the adapter 'slow' by the names of their trained twins."""
+    assert ctx.model is not None
+    found = [(parameter_name(name), p) for name, p in ctx.model.named_parameters() if ".slow." in name]
+    return {name.replace(".slow.", "."): parameter.detach().clone() for name, parameter in found}
+
+
+def test_the_adapter_that_is_run_is_the_average_even_if_the_fast_one_was_kept(tmp_path: Path) -> None:
+    """At the beginning of a stage, where the state says half of what the folder holds, and after a checkpoint."""
+    stage_adapter(tmp_path)
+    model = continued(tmp_path)
+    ctx = Named(model, earlier=["t0"], folder=tmp_path)
+    kept = {name: weight.clone() for name, weight in ctx.weights().items()}
+    half = {name: weight / 2 for name, weight in kept.items()}
+    ctx.state = MethodState(pack(slow=half, trained=kept), {"parameters": shapes_of(kept)})
+    method = ILora(ILoraConfig())
+    method.prepare_model(ctx, model)
+    method.train_begin(ctx)
+    found = run_adapter(ctx)
+    assert found.keys() == half.keys()
+    assert all(torch.equal(found[name], half[name]) for name in half)
+
+    zeros = {name: torch.zeros_like(weight) for name, weight in kept.items()}
+    method.restore_checkpoint(ctx, MethodState(pack(slow=zeros), {"parameters": shapes_of(kept), "updates": 1}))
+    assert not any(bool(weight.any()) for weight in run_adapter(ctx).values())
+
+
+# --- the term --------------------------------------------------------------------------------------------------------
+
+
+def test_the_slow_forward_is_in_statistics_mode(tmp_path: Path) -> None:
+    """So that it has no dropout; the trained weights' own forward is not."""
+    stage_adapter(tmp_path)
+    method, ctx = later_task(tmp_path)
+    inside, seen = [False], []
+
+    @contextmanager
+    def statistics_mode() -> Iterator[None]:
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    ctx.statistics_mode = statistics_mode  # type: ignore[method-assign]
+    ctx.module_for_forward.get_decoder().register_forward_hook(lambda *_: seen.append(inside[0]))
+    term(method, ctx, batch(MEMORY))
+    assert seen == [False, True]
+
+
+def test_micro_batches_share_one_count_and_have_marks_of_their_own(tmp_path: Path) -> None:
+    """The first has the memory row of four tokens, the second that of six: a mean over ten tokens."""
+    stage_adapter(tmp_path)
+    batches = [batch(MEMORY, None), batch(None, MEMORY)]
+    alone = []
+    for given in batches:
+        method, ctx = later_task(tmp_path)
+        found = term(method, ctx, given)
+        assert found is not None
+        alone.append(found.item())
+    method, ctx = later_task(tmp_path)
+    method.window(ctx, batches)
+    together = []
+    for given in batches:
+        outputs = ctx.module_for_forward(input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+        inputs = {key: value for key, value in given.items() if key != ROW_MARK}
+        found = method.loss(ctx, ctx.model, inputs, torch.tensor(0.0), outputs)
+        assert found is not None
+        together.append(found.item())
+    assert together == pytest.approx([0.4 * alone[0], 0.6 * alone[1]], rel=1e-5)
+
+
+def test_ranks_without_any_memory_row_add_zero(tmp_path: Path) -> None:
+    stage_adapter(tmp_path)
+    method, ctx = later_task(tmp_path, 0, 2)
+    given = batch(None, None)
+    del given[ROW_MARK]  # no row of the batch has the column
+    found = term(method, ctx, given)
+    assert found is not None
+    assert found.item() == 0.0
+
+
+def test_tokens_without_a_mask_all_count() -> None:
+    from swift_cl.methods.i_lora import _tokens
+
+    for mask in (None, torch.zeros(2, 1, 3, 3)):  # that of a model which masks pairs of tokens says nothing of one
+        found = _tokens({"input_ids": torch.zeros(2, 3), "attention_mask": mask}, [True, False])
+        assert found.tolist() == [[True] * 3, [False] * 3]
+
+
+def test_distances_are_added_up_in_fp32() -> None:
+    """301 tokens with the distance 1; bf16 knows 300 and 302."""
+    fast, held = torch.ones(1, 301, 1, dtype=torch.bfloat16), torch.zeros(1, 301, 1, dtype=torch.bfloat16)
+    assert ILora(ILoraConfig()).distance(fast, held, torch.ones(1, 301, dtype=torch.bool)).item() == 301.0
+
+
+# --- the memory ------------------------------------------------------------------------------------------------------
+
+
+def remembered(
+    task: str, rows: list[TrainingRow], before: MethodState | None = None, max_length: int = 1000, **settings: Any
+) -> MethodState:
+    """The state after a task, the second one if there is a state before it."""
+    ctx = TokenContext(task=task, earlier=["t0"] if before else [], state=before)
+    ctx.model, ctx.rows, ctx.max_length = LoraPair(torch.zeros(1, 2), torch.zeros(2, 1)), rows, max_length
+    method = ILora(ILoraConfig(**settings))
+    method.train_begin(ctx)
+    return method.end_task(ctx)
+
+
+def test_the_memory_is_shared_by_the_tasks() -> None:
+    first = remembered("t0", task_rows("t0", 12), buffer_size=6)
+    both = remembered("t1", task_rows("t1", 12), first, buffer_size=6)
+    assert [line["task"] for line in both.rows["store"]] == ["t0"] * 3 + ["t1"] * 3
+    assert both.rows["store"][:3] == first.rows["store"][:3]
+
+
+def test_what_is_stored_depends_on_seed_and_task() -> None:
+    rows = task_rows("t0", 40)
+    found = {
+        tuple(line["id"] for line in remembered(task, rows, buffer_size=6, seed=seed).rows["store"])
+        for seed in (0, 1)
+        for task in ("a", "b")
+    }
+    assert len(found) == 4
+
+
+def test_rows_that_the_template_drops_are_counted_and_not_stored() -> None:
+    """Of ten rows four are longer than allowed."""
+    rows = [token_row([1] * (9 if i < 4 else 1), [2 + i]) for i in range(10)]
+    state = remembered("t0", rows, max_length=5, buffer_size=9)
+    assert state.meta["store"]["seen"] == [{"task": "t0", "num_seen": 10, "dropped": 4, "stored": 6}]
+    with pytest.raises(UserError, match="task 't0': no row fits the training template"):
+        remembered("t0", rows[:4], max_length=5)
+
+
+def test_an_empty_memory_is_refused() -> None:
+    store = RowStore(seen=[SeenTask("t0", 3, 3)])
+    rows = task_rows("now", 24)
+    with pytest.raises(UserError, match=r"i_lora\.json: the memory is empty"):
+        ILora(ILoraConfig()).prepare_task(ctx_with(store.state(), rows), rows)
+
+
+def test_what_is_drawn_and_its_order_depend_on_seed_task_and_epoch() -> None:
+    state, rows = stored([60], buffer_size=60), task_rows("now", 24)
+    drawn, orders = set(), set()
+    for seed in (0, 1):
+        for task in ("now", "then"):
+            ctx = ctx_with(state, rows)
+            ctx.task = task
+            method = ILora(ILoraConfig(mem_ratio=0.5, seed=seed))
+            mixed = method.prepare_task(ctx, rows)
+            drawn.add(tuple(row["messages"][1]["content"] for row in mixed[24:]))
+            orders |= {tuple(method.batch_order(ctx, 36, epoch) or ()) for epoch in (0, 1)}
+    assert len(drawn) == 4
+    assert len(orders) == 8
+
+
+def test_rows_keep_a_channel_of_their_own_until_they_are_memory() -> None:
+    state = stored([12], prepare=lambda number, size: task_rows("t0", size, channel=["own"]), buffer_size=12)
+    rows = [*task_rows("now", 1, channel=["mine"]), *task_rows("now", 23)]
+    mixed = ILora(ILoraConfig(mem_ratio=0.5)).prepare_task(ctx_with(state, rows), rows)
+    assert [row[ROW_MARK] for row in mixed] == ["mine"] + ["i_lora_current"] * 23 + [MEMORY] * 12
+
+
+def test_the_record_says_what_was_drawn() -> None:
+    """24 rows in batches of six with two memory rows each are six batches: twelve of them, of two tasks alike."""
+    rows = task_rows("now", 24)
+    ctx = TokenContext(task="now", earlier=["t0", "t1"], state=stored([12, 12], buffer_size=24))
+    ctx.global_batch, ctx.rows = 6, rows
+    ILora(ILoraConfig(mem_ratio=0.5)).prepare_task(ctx, rows)
+    record = ctx.records["memory"]
+    assert (record["current_rows"], record["memory_rows"], len(record["rows"])) == (24, 12, 12)
+    assert record["by_task"] == {"t0": 6, "t1": 6}
+
+
+def test_the_first_task_has_the_order_of_the_trainer() -> None:
+    assert ILora(ILoraConfig()).batch_order(TokenContext(), 24, 0) is None
+
+
+def test_rows_that_the_template_dropped_later_are_noticed() -> None:
+    rows = task_rows("now", 24)
+    method = ILora(ILoraConfig(mem_ratio=0.5))
+    with pytest.raises(UserError, match="laid out 36 rows, but the training data holds 35"):
+        method.batch_order(ctx_with(stored([12], buffer_size=6), rows), 35, 0)
+
+
+def test_half_a_memory_row_is_a_whole_one() -> None:
+    """A batch of five, half of it memory."""
+    ctx = TokenContext()
+    ctx.global_batch = 5
+    assert ILora(ILoraConfig(mem_ratio=1.0))._share_of_batch(ctx) == 3
