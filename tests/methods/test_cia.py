@@ -89,9 +89,37 @@ def test_t2_a_beta_above_one_falls_back() -> None:
     assert found == pytest.approx([0.902, 0.998], abs=1e-5)
 
 
+@pytest.mark.parametrize(("variant", "before", "expected"), [("released", 0.0, 1.0), ("paper", 2.0, 1.5)])
+def test_the_borders_of_the_interval_fall_back(variant: str, before: float, expected: float) -> None:
+    """The released weight of the new weights is (3 + 1) / (2 * 2) = 1, and the paper's beta is 0 where a step moved
+    nothing: both would replace the average by the weights, 2. The fallback 1/2 takes half of the way instead: from 0
+    to 1, and from 1, where the first step's fallback led to, to 1.5."""
+    method = Cia(CiaConfig(variant=variant, scale=1.0, beta_fallback=0.5))
+    ctx = begun(method, Weights(torch.zeros(1)))
+    step(method, ctx, {"w": torch.tensor([1.0])}, {"w": torch.tensor([before])})
+    step(method, ctx, {"w": torch.tensor([3.0])}, {"w": torch.tensor([2.0])})
+    assert average(method, ctx)["w"].item() == expected
+
+
 @pytest.mark.parametrize(("variant", "expected"), [("released", [0.830380, 0.769620]), ("paper", [3.975443, 3.684557])])
 def test_t3_the_variants_differ(variant: str, expected: list[float]) -> None:
     assert second_step(CiaConfig(variant=variant), *T3) == pytest.approx(expected, abs=1e-5)
+
+
+def test_three_steps_and_their_report() -> None:
+    """One weight goes 0, 8, 10 with the gradients 1, 3, 4. Step 1 has no gradient before it: half of the way from 0 to
+    0. Step 2 takes (3 + 1) / (8 * 2) = 1/4 of the way from 0 to 8, step 3 (4 + 1) / (8 * 1) = 5/8 of that from 2 to
+    10. So the average ends at 7, seven tenths of the way of the weights."""
+    method = Cia(CiaConfig(scale=1.0, beta_fallback=0.5))
+    ctx = begun(method, Weights(torch.zeros(1)))
+    for gradient, weight, kept, beta, fallback in ((1, 0, 0, 0.5, 1), (3, 8, 2, 0.75, 0), (4, 10, 7, 0.375, 0)):
+        step(method, ctx, {"w": torch.tensor([float(gradient)])}, {"w": torch.tensor([float(weight)])})
+        assert average(method, ctx)["w"].item() == kept
+        assert ctx.logged == {"cia_beta": beta, "cia_fallback": fallback}
+    meta = method.end_task(ctx).meta
+    assert meta["mean_beta"] == pytest.approx((0.5 + 0.75 + 0.375) / 3)
+    assert meta["fallback_share"] == pytest.approx(1 / 3)
+    assert meta["ratio"] == pytest.approx(0.7)
 
 
 def test_t4_fixed_starts_from_the_weights_before_the_first_step() -> None:
@@ -108,6 +136,23 @@ def test_t4_fixed_takes_its_constant() -> None:
     ctx = begun(method, Weights(torch.zeros(1)))
     step(method, ctx, {"w": torch.zeros(1)}, {"w": torch.ones(1)})
     assert average(method, ctx)["w"].item() == 0.5
+    assert ctx.logged == {"cia_beta": 0.5}  # all of its steps fall back, which says nothing
+
+
+class Unasked(FakeGradients):
+    """Gathering all gradients costs time and memory."""
+
+    def flat(self) -> Tensor:
+        raise AssertionError("gathered for nothing")
+
+
+def test_gradients_are_gathered_only_where_a_formula_needs_them() -> None:
+    gradients = Unasked({"w": torch.ones(1)})
+    fixed = Cia(CiaConfig(variant="fixed"))
+    fixed.gradients(begun(fixed, Weights(torch.zeros(1))), gradients)
+    first, ctx = Cia(CiaConfig()), FakeContext(Weights(torch.zeros(1)))
+    first.train_begin(ctx)
+    first.gradients(ctx, gradients)
 
 
 def trained(
@@ -234,6 +279,14 @@ def test_the_live_weights_are_never_touched() -> None:
     assert ctx.parameters["w"].tolist() == [1.0, 2.0]
 
 
+def test_what_has_no_average_is_kept_as_it_is() -> None:
+    method = Cia(CiaConfig(variant="fixed", beta_fallback=0.5))
+    ctx = begun(method, Weights(torch.zeros(1)))
+    step(method, ctx, {"w": torch.ones(1)}, {"w": torch.ones(1)})
+    kept = method.export(ctx, {**ctx.weights(), "frozen": torch.full((1,), 3.0)})
+    assert {name: tensor.item() for name, tensor in kept.items()} == {"w": 0.5, "frozen": 3.0}
+
+
 def test_first_task_is_plain() -> None:
     method = Cia(CiaConfig())
     ctx = FakeContext(Weights(torch.zeros(2)))
@@ -268,6 +321,15 @@ def test_end_reports_how_far_the_average_went() -> None:
     assert "0.990 of the way" in ctx.notices[0]
 
 
+def test_nothing_is_divided_by_zero_without_a_step_or_a_movement() -> None:
+    method = Cia(CiaConfig(variant="fixed"))
+    ctx = begun(method, Weights(torch.ones(2)))
+    assert {method.end_task(ctx).meta[name] for name in ("mean_beta", "fallback_share", "ratio")} == {None}
+    step(method, ctx, {"w": torch.zeros(2)}, {"w": torch.ones(2)})
+    meta = method.end_task(ctx).meta
+    assert (meta["mean_beta"], meta["ratio"]) == (pytest.approx(0.99), None)
+
+
 def test_another_shape_or_variant_is_refused() -> None:
     before = Cia(CiaConfig()).end_task(FakeContext(Weights(torch.zeros(2))))
     with pytest.raises(UserError, match=r"1 differ: w: \[2\] in the state, \[3\] now"):
@@ -278,6 +340,9 @@ def test_another_shape_or_variant_is_refused() -> None:
     other = Cia(CiaConfig(variant="fixed"))
     with pytest.raises(UserError, match="--cia_variant is 'fixed', but the checkpoint was trained with 'released'"):
         other.restore_checkpoint(begun(other, Weights(torch.zeros(2))), state)
+    wider = Cia(CiaConfig())
+    with pytest.raises(UserError, match=r"1 differ: w: \[2\] in the state, \[3\] now"):
+        wider.restore_checkpoint(begun(wider, Weights(torch.zeros(3))), state)
 
 
 @pytest.mark.parametrize(

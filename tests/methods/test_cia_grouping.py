@@ -12,7 +12,7 @@ from swift_cl.io import MethodState, save_method_state
 from swift_cl.methods._instructions import Group, instructions, mean_similarity, similarity
 from swift_cl.methods._routing import Candidate, RouteRequest
 from swift_cl.methods.base import EarlierTask
-from swift_cl.methods.cia import Cia, CiaConfig
+from swift_cl.methods.cia import Cia, CiaConfig, reset
 from swift_cl.serving.routing.model import StageRouter
 from swift_cl.training.before import parameter_name
 from tests.support.fake_context import FakeContext
@@ -147,6 +147,100 @@ def test_a_new_group_begins_with_the_latest_adapter_or_afresh(tmp_path: Path) ->
     assert all(torch.equal(tensor, values(again)[name]) for name, tensor in values(fresh).items())
 
 
+def test_a_first_group_keeps_what_training_begins_with(tmp_path: Path) -> None:
+    adapters(tmp_path, "t0")
+    model = continued(tmp_path / "t0")
+    before = values(model)
+    grouped(model, [], None, rows(WORD), new_group_init="fresh")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in values(model).items())
+
+
+def test_a_fresh_adapter_is_a_function_of_seed_and_task(tmp_path: Path) -> None:
+    """And not of the global generator, which it leaves as it was: the data order depends on that."""
+    adapters(tmp_path, "t0")
+    model = continued(tmp_path / "t0")
+
+    def fresh(seed: int, task: str, elsewhere: int) -> torch.Tensor:
+        torch.manual_seed(elsewhere)
+        state = torch.get_rng_state()
+        reset(model, seed, task)
+        assert torch.equal(torch.get_rng_state(), state)
+        return torch.cat([tensor.flatten() for name, tensor in values(model).items() if "lora_A" in name])
+
+    first = fresh(0, "t1", 5)
+    assert torch.equal(first, fresh(0, "t1", 6))
+    assert not torch.equal(first, fresh(1, "t1", 5))
+    assert not torch.equal(first, fresh(0, "t2", 5))
+
+
+def shapes(model: Any) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in NamedContext(model).parameters.items()}
+
+
+def test_a_task_joins_the_first_of_the_nearest_groups_where_its_last_task_ended(tmp_path: Path) -> None:
+    """Similarities 0, 0.602975 and 0.602975: the second group, with the adapter of t2, of t0 to t3."""
+    stages = adapters(tmp_path, "t0", "t1", "t2", "t3")
+    groups = [
+        {"name": "group_1", "tasks": ["t0"], "texts": [["alpha beta", 1]]},
+        {"name": "group_2", "tasks": ["t1", "t2"], "texts": [[PHRASE, 1]]},
+        {"name": "group_3", "tasks": ["t3"], "texts": [[PHRASE, 1]]},
+    ]
+    model = continued(tmp_path / "t3")
+    state = MethodState(meta={"groups": groups, "parameters": shapes(model)})
+    method, ctx = grouped(model, stages, state, rows(WORD), sim_threshold=0.6)
+    wanted = values(continued(tmp_path / "t2"))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in values(model).items())
+    found = method.end_task(ctx).meta["groups"]
+    assert [group["tasks"] for group in found] == [["t0"], ["t1", "t2", "t4"], ["t3"]]
+    assert found[1]["texts"] == [[PHRASE, 1], [WORD, 1]]
+    assert ctx.notices == [
+        "task 't4' joins group_2 (t1, t2), the nearest group's similarity is 0.603; an instruction of it: "
+        "'answer using one word'"
+    ]
+
+
+def beside(text: str, texts: list[dict[str, Any]], **settings: Any) -> tuple[list[Any], list[str]]:
+    """(the groups with their texts, what was told) of a second task beside a group of one text."""
+    before = MethodState(meta={"groups": [{"name": "group_1", "tasks": ["t0"], "texts": [[text, 2]]}]})
+    method = Cia(CiaConfig(grouping=True, **settings))
+    ctx = FakeContext(task="t1", earlier=["t0"], state=before)
+    ctx.system, ctx.rows = "stage", texts
+    method.prepare_model(ctx, None)
+    return [group.as_json()["texts"] for group in method._groups], ctx.notices
+
+
+def test_a_similarity_of_the_threshold_is_enough() -> None:
+    assert beside(WORD, rows(WORD), sim_threshold=1.0)[0] == [[[WORD, 3]]]
+
+
+def test_only_the_most_frequent_texts_of_a_task_count() -> None:
+    """By WORD alone the task is near enough (0.602975), with the other text it is not (0.301488). The codebook of one
+    text stays the older task's, which was seen twice."""
+    texts = rows(WORD, WORD, "alpha beta")
+    assert beside(PHRASE, texts, sim_threshold=0.6, codebook_max=1)[0] == [[[PHRASE, 2]]]
+    assert len(beside(PHRASE, texts, sim_threshold=0.6)[0]) == 2
+
+
+def test_training_reads_instructions_and_compares_them_as_it_is_told() -> None:
+    mixed = rows("q", system="mine") + rows("r", system="stage")
+    assert beside("alpha", mixed)[0] == [[["alpha", 2]], [["mine", 1], ["r", 1]]]
+    assert beside("alpha", mixed, instruction="first_user")[0] == [[["alpha", 2]], [["q", 1], ["r", 1]]]
+    # Of the characters and pairs a, b, c, ab, bc and a, b, d, ab, bd three are shared: 3 / (3 + 2 (ln 1.5 + 1)^2).
+    assert len(beside("abc", rows("abd"), sim_threshold=0.43)[0]) == 2
+    groups, told = beside("abc", rows("abd"), sim_threshold=0.43, tokenizer="char")
+    assert groups == [[["abc", 2], ["abd", 1]]]
+    assert "similarity is 0.432;" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "told"), [("word", CHINESE[0], True), ("char", CHINESE[0], False), ("word", WORD, False)]
+)
+def test_comparing_by_characters_unasked_is_told(tokenizer: str, text: str, told: bool) -> None:
+    _, ctx = grouped(None, [], None, rows(text), tokenizer=tokenizer)
+    assert ctx.notices[0] == f"task 't0' opens a new group; an instruction of it: {text!r}"
+    assert ctx.notices[1:] == ["instructions are compared by characters: they have no word borders"] * told
+
+
 def test_the_codebook_keeps_the_most_frequent_texts() -> None:
     group = Group("g")
     group.add("a", {"x": 2, "y": 1}, 2)
@@ -191,6 +285,19 @@ def test_a_question_goes_to_the_nearest_instructions(tmp_path: Path) -> None:
     ]
 
 
+def test_a_question_is_the_users_text_whatever_precedes_it(tmp_path: Path) -> None:
+    greeted = ({"role": "assistant", "content": "how does the reviewer feel"}, *asked("translate a text").messages)
+    request = RouteRequest(greeted, {"group_1": None, "group_2": None}, None)
+    assert router(tmp_path).route([request])[0].chosen == "group_1"
+
+
+def test_questions_are_compared_by_characters_where_the_tasks_were(tmp_path: Path) -> None:
+    """No word of the question is in an instruction."""
+    (found,) = router(tmp_path, tokenizer="char").route([asked("reviewers")])
+    assert (found.chosen, router(tmp_path).route([asked("reviewers")])[0].scores["group_2"]) == ("group_2", 0.0)
+    assert found.scores["group_2"] == pytest.approx(similarity("reviewers", "how does the reviewer feel", "char"))
+
+
 def test_what_answers_a_question_that_matches_nothing(tmp_path: Path) -> None:
     odd = asked("7 + 5 = ?")
     assert router(tmp_path).route([odd])[0].chosen == "group_1"
@@ -199,6 +306,7 @@ def test_what_answers_a_question_that_matches_nothing(tmp_path: Path) -> None:
         router(tmp_path, no_match="error").route([odd])
     near = asked("how does the reviewer feel")
     assert router(tmp_path, no_match="error").route([near])[0].chosen == "group_2"
+    assert router(tmp_path, no_match="error", sim_threshold=1.0).route([near])[0].chosen == "group_2"
 
 
 def test_candidates_are_the_groups_with_the_adapter_of_their_last_task(tmp_path: Path) -> None:
@@ -218,9 +326,15 @@ def test_candidates_are_the_groups_with_the_adapter_of_their_last_task(tmp_path:
     [
         ({"grouping": True, "sim_threshold": 1.5}, r"--cia_sim_threshold is 1.5, allowed: a number in \[0, 1\]"),
         ({"grouping": True, "codebook_max": 0}, "--cia_codebook_max is 0, allowed: a whole number >= 1"),
+        ({"sim_threshold": 0.8}, "--cia_sim_threshold is 0.8, allowed: only with --cia_grouping true"),
+        ({"instruction": "first_user"}, "--cia_instruction is 'first_user', allowed: only with --cia_grouping true"),
+        ({"tokenizer": "char"}, "--cia_tokenizer is 'char', allowed: only with --cia_grouping true"),
+        ({"codebook_max": 8}, "--cia_codebook_max is 8, allowed: only with --cia_grouping true"),
+        ({"new_group_init": "fresh"}, "--cia_new_group_init is 'fresh', allowed: only with --cia_grouping true"),
         ({"no_match": "last"}, "--cia_no_match is 'last', allowed: only with --cia_grouping true"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CiaConfig(**settings).validate()
+    CiaConfig(grouping=True, sim_threshold=1.0, codebook_max=1).validate()
