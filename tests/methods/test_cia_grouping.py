@@ -9,7 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, save_method_state
-from swift_cl.methods._instructions import Group, instructions, mean_similarity, similarity
+from swift_cl.methods._instructions import (
+    Group,
+    cjk_share,
+    group_from,
+    instructions,
+    mean_similarity,
+    similarity,
+)
 from swift_cl.methods._routing import Candidate, RouteRequest
 from swift_cl.methods.base import EarlierTask
 from swift_cl.methods.cia import Cia, CiaConfig, reset
@@ -37,6 +44,9 @@ def test_t7_similarity_by_hand() -> None:
     assert similarity("Answer using one WORD", WORD) == pytest.approx(1.0)
     assert similarity("alpha beta", "gamma delta") == 0.0
     assert similarity("", "gamma") == 0.0
+    assert similarity("a cat", "a dog") == 0.0  # one letter is no word
+    assert similarity("?", "?") == 1.0  # equal texts without a word
+    assert similarity("AB", "ab", "char") == pytest.approx(1.0)
     assert mean_similarity([WORD], Group("g", ["t"], {PHRASE: 1, WORD: 1}), "word") == pytest.approx(0.801487, abs=1e-6)
 
 
@@ -55,6 +65,24 @@ def test_texts_without_word_borders_are_compared_by_characters() -> None:
     found = similarity(*CHINESE)
     assert found == similarity(*CHINESE, "char")
     assert 0.5 < found < 0.9
+    assert similarity("答案ab", "abcde") == similarity("答案ab", "abcde", "char") > 0  # one of the two is enough
+
+
+def test_more_than_one_character_in_five_makes_a_text_chinese() -> None:
+    assert cjk_share("答 a\n b") == 1 / 3  # blanks are no characters
+    assert [cjk_share(text) for text in ("ひらカナ", "한국어", "答案", "abc", "")] == [1, 1, 1, 0, 0]
+    assert similarity("答abcd", "答abce") == 0.0  # one in five: two different words
+    assert similarity("答案abcde", "答案abcdf") > 0.5  # two in seven
+
+
+def test_nothing_is_like_nothing() -> None:
+    assert mean_similarity([], Group("g", ["t"], {WORD: 1}), "word") == 0.0
+    assert mean_similarity([WORD], Group("g"), "word") == 0.0
+
+
+def test_a_stored_group_keeps_the_order_of_its_texts() -> None:
+    group = group_from(Group("g", ["t"], {"z": 3, "a": 3, "b": 1}).as_json())
+    assert list(group.texts.items()) == [("z", 3), ("a", 3), ("b", 1)]
 
 
 def test_what_the_instruction_of_a_row_is() -> None:
@@ -63,7 +91,15 @@ def test_what_the_instruction_of_a_row_is() -> None:
     assert instructions(own, "stage", "first_user") == {"q": 1, "r": 1}
     # One prompt for all rows is the stage's or the template's: at inference no question brings it along.
     assert instructions(rows("q", "q", "r", system="default"), None, "auto") == {"q": 2, "r": 1}
-    assert instructions(rows("x" * 300), "stage", "auto") == {"x" * 256: 1}
+    assert instructions(rows("x" * 256 + "y" * 44), "stage", "auto") == {"x" * 256: 1}
+    # An empty system prompt says nothing, and a row may have none at all.
+    bare = [{"messages": rows("s" * 300)[0]["messages"][1:]}]
+    several = rows("q", system="") + rows("r", system="mine") + bare
+    assert instructions(several, None, "auto") == {"q": 1, "mine": 1, "s" * 256: 1}
+    # The most frequent come first, and a dialogue begins with its first question.
+    (dialogue,) = rows("q")
+    dialogue["messages"] += [{"role": "assistant", "content": "a"}, {"role": "user", "content": "why?"}]
+    assert list(instructions([*rows("r"), dialogue, *rows("q")], "stage", "auto").items()) == [("q", 2), ("r", 1)]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
