@@ -128,13 +128,13 @@ class RowStore:
         return [row for row in self.rows if row.task == task]
 
     def shares(self, budget: int, total: bool, newcomers: int) -> list[int]:
-        """How many rows each task may keep when a new one with `newcomers` usable rows joins; the new one is last.
+        """How many rows each task may keep at most when a new one joins that has `newcomers` usable rows and is last.
 
         Args:
             budget: rows over all tasks where `total`, else rows per task.
         """
         available = [len(self.of_task(entry.task)) for entry in self.seen] + [newcomers]
-        return fair_shares(budget, available) if total else [min(budget, count) for count in available]
+        return fair_shares(budget, available) if total else [budget] * len(available)
 
     def add(self, seen: SeenTask, ordered: Sequence[StoredRow], shares: Sequence[int]) -> None:
         """Cut every task down to its share and append the new one."""

@@ -12,9 +12,9 @@ import torch
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, load_method_state, save_method_state, sha256_json
 from swift_cl.methods._embeddings import prompt_embeddings
-from swift_cl.methods._row_store import row_id
+from swift_cl.methods._row_store import RowStore, SeenTask, StoredRow, row_id
 from swift_cl.methods._selection import herding_order, kmeans_order, normalised
-from swift_cl.methods.replay import Replay
+from swift_cl.methods.replay import Replay, draw
 from swift_cl.stream.readers.messages import read
 from tests.support.fake_context import FakeContext
 from tests.support.language_model import TokenContext, tiny_lora_model, token_row
@@ -64,6 +64,33 @@ def test_tasks_share_the_draw_in_proportion_to_the_store():
     assert tasks_of(rows) == {"now": 100, "t0": 4, "t1": 3, "t2": 3}
 
 
+def test_several_passes_over_the_store():
+    """100 of 20 + 20 rows: twice all of them, each time in an order of its own, then ten of each task's."""
+    rows = {task: [StoredRow.of(row, task) for row in task_rows(task, 20)] for task in ("t0", "t1")}
+    store = RowStore([*rows["t0"], *rows["t1"]], [SeenTask(task, 20, 0) for task in rows])
+    place = {row.id: number for number, row in enumerate(store.rows)}
+    drawn = [place[row.id] for row in draw(store, 100, 0)]
+    first, second, rest = drawn[:40], drawn[40:80], drawn[80:]
+    whole = list(range(40))
+    assert sorted(first) == sorted(second) == whole
+    assert whole != first != second != whole
+    old, new = ({p % 20 for p in rest if p // 20 == task} for task in (0, 1))
+    assert len(old) == len(new) == 10
+    assert set(range(10)) != old != new  # not the most useful ones, nor the same of both
+    assert [p // 20 for p in rest] != sorted(p // 20 for p in rest)
+
+
+def test_every_task_draws_and_shuffles_anew():
+    state = stored([60])
+    found = []
+    for task in ("now", "later"):
+        ctx = TokenContext(task=task, earlier=["t0"], state=state)
+        replay(ratio=0.5).prepare_task(ctx, task_rows(task, 20))
+        found.append(ctx.records["manifest"]["replayed"])
+    assert {line["id"] for line in found[0]} != {line["id"] for line in found[1]}
+    assert [line["place"] for line in found[0]] != [line["place"] for line in found[1]]
+
+
 def test_rows_are_shuffled_in_and_kept_whole():
     state = stored([30])
     current = task_rows("now", 50)
@@ -107,10 +134,17 @@ def test_the_record_says_what_was_drawn():
         "current_rows": 20,
         "replayed_rows": 10,
     }
-    assert record["stored_by"]["strategy"] == "random"
+    assert record["stored_by"] == {"strategy": "random", "budget": "total", "buffer_size": 1000, "seed": 0}
     for line in record["replayed"]:
         assert row_id(rows[line["place"]]) == line["id"]
         assert rows[line["place"]]["messages"][0]["content"] == f"you are {line['task']}"
+
+
+def test_the_record_tells_how_the_stage_before_stored_and_names_every_task():
+    state = stored([30, 30], strategy="class_balanced", buffer_size=40)
+    _, record = mixed(state, task_rows("now", 20), tasks=2, ratio=0.05)
+    assert record["stored_by"]["strategy"] == "class_balanced"
+    assert record["by_task"] == {"t0": 1, "t1": 0}
 
 
 STRATEGIES = [
@@ -205,6 +239,119 @@ def test_rows_that_the_template_drops_are_not_stored():
         stored([10], Short, lambda _, n: [token_row([1] * 9, [i]) for i in range(n)])
 
 
+def unusable_first(count):
+    """A task whose first row is too long for the template of `Eight`."""
+    return [token_row([40] * 9, [1]), *(token_row([10 + i], [2 + i]) for i in range(count))]
+
+
+class Eight(TokenContext):
+    max_length = 8
+
+
+@pytest.mark.parametrize("strategy", ["random", "reservoir", "class_balanced", "kmeans", "herding"])
+def test_what_is_stored_are_the_rows_that_fit(strategy):
+    """Row 0 does not: the places of the others, and of their classes and points, are one less among those that do."""
+    settings = {"embed": "tfidf"} if strategy in ("kmeans", "herding") else {}
+    rows = unusable_first(3)
+    state = stored([4], Eight, lambda *_: rows, strategy=strategy, **settings)
+    kept = state.rows["store"]
+    assert sorted(line["row"]["messages"][1]["content"] for line in kept) == ["10", "11", "12"]
+    if strategy == "class_balanced":
+        assert [line["class"] for line in kept] == ["2", "3", "4"]
+
+
+def test_points_are_those_of_the_prompts_that_fit():
+    """Two equal prompts are nearer to the mean than a third, and of equal ones the first comes first. The second and
+    third answers are alike, and the prompt that does not fit is unlike all, but neither is looked at."""
+    rows = [
+        token_row([40] * 9, [1]),
+        token_row([11, 12, 13], [5]),
+        token_row([11, 12, 13], [40, 41, 42, 43]),
+        token_row([30, 31, 32], [40, 41, 42, 43]),
+    ]
+    # There is no model that could be asked.
+    state = stored([4], Eight, lambda *_: rows, strategy="herding", embed="tfidf", buffer_size=3)
+    first, *_, last = (line["row"] for line in state.rows["store"])
+    assert (first, last) == (rows[1], rows[2])
+
+
+def test_a_cluster_a_row_or_one_for_all():
+    """Beside two equal prompts a third one is far from the centroid of all, but has a cluster of its own if it may."""
+    rows = [token_row([11, 12, 13], [1]), token_row([30, 31, 32], [2]), token_row([11, 12, 13], [3])]
+
+    def kept(clusters):
+        settings = {"strategy": "kmeans", "embed": "tfidf", "buffer_size": 2, "clusters": clusters}
+        return [line["row"] for line in stored([3], prepare=lambda *_: rows, **settings).rows["store"]]
+
+    assert kept(1) == [rows[0], rows[2]]
+    assert kept(2) == [rows[0], rows[1]]
+
+
+def test_herding_goes_class_by_class_where_a_column_holds_the_class():
+    """Of two rows one of each class, where the means alone would take two equal rows of one class."""
+    rows = [{**token_row([11, 12, 13], [1]), "kind": "a"} for _ in range(4)]
+    rows.append({**token_row([30, 31, 32], [1]), "kind": "b"})
+    settings = {"strategy": "herding", "embed": "tfidf", "buffer_size": 2}
+    state = stored([5], prepare=lambda *_: rows, class_key="kind", **settings)
+    assert [line["class"] for line in state.rows["store"]] == ["a", "b"]
+    alone = stored([5], prepare=lambda *_: rows, **settings).rows["store"]
+    assert [line["row"]["kind"] for line in alone] == ["a", "a"]
+    assert alone[0].keys() == {"id", "task", "row"}
+
+
+@pytest.mark.parametrize("strategy", ["random", "reservoir", "class_balanced", "kmeans"])
+def test_what_is_stored_depends_on_seed_and_task(strategy):
+    settings = {"strategy": strategy, "buffer_size": 12}
+    if strategy == "kmeans":
+        settings.update(embed="tfidf", clusters=12)
+    rows = [token_row([7 * i % 50, 11 * i % 50, 13 * i % 50], [i % 3]) for i in range(60)]
+
+    def kept(task, seed):
+        ctx = TokenContext(task=task)
+        ctx.rows = rows
+        return [line["id"] for line in replay(seed=seed, **settings).end_task(ctx).rows["store"]]
+
+    assert kept("t0", 0) == kept("t0", 0) != kept("t0", 1)
+    if strategy != "reservoir":  # one stream over all tasks, whatever they are called
+        assert kept("t1", 0) != kept("t0", 0)
+
+
+def test_a_budget_of_each_task():
+    state = stored([30, 30], budget="per_task", buffer_size=10)
+    assert Counter(line["task"] for line in state.rows["store"]) == {"t0": 10, "t1": 10}
+
+
+def test_a_task_of_few_usable_rows_leaves_its_share_to_the_others():
+    """Of 12 rows two are the new task's, though it has 20: the older one keeps its ten, and not six."""
+    short, long = [token_row([1], [i]) for i in range(10)], [token_row([40] * 9, [i]) for i in range(18)]
+    state = stored([10, 20], Eight, lambda number, _: short + long * number if number else short, buffer_size=12)
+    assert Counter(line["task"] for line in state.rows["store"]) == {"t0": 6, "t1": 6}
+    few = stored([10, 20], Eight, lambda number, _: short[:2] + long if number else short, buffer_size=12)
+    assert Counter(line["task"] for line in few.rows["store"]) == {"t0": 10, "t1": 2}
+
+
+def test_a_random_choice_encodes_no_more_rows_than_it_needs():
+    encoded = []
+
+    class Counting(TokenContext):
+        def encode(self, rows):
+            encoded.append(len(rows))
+            return super().encode(rows)
+
+    stored([600], Counting, buffer_size=5)
+    assert encoded == [256]
+
+
+def test_one_rank_writes_the_store():
+    def work(ctx):
+        ctx.rows = task_rows("t0", 5)
+        return replay(buffer_size=2).end_task(ctx)
+
+    first, second = on_ranks(2, lambda rank, size: TokenContext(task="t0", rank=rank, world_size=size), work)
+    assert len(first.rows["store"]) == 2
+    assert second is None
+
+
 def test_reservoir_spans_tasks_whatever_their_sizes():
     state = stored([300, 30], strategy="reservoir", buffer_size=100)
     assert state.meta["store"]["stream_length"] == 330
@@ -220,6 +367,8 @@ def test_a_reservoir_cannot_be_changed_midway(change):
     name = next(iter(change))
     with pytest.raises(UserError, match=rf"--replay_{name} is .* allowed: '?{first[name]}'? as in the stage before"):
         mixed(state, task_rows("now", 9), **{**first, **change})
+    with pytest.raises(UserError, match="--replay_strategy is 'reservoir', allowed: 'random' as in the stage before"):
+        mixed(stored([30]), task_rows("now", 9), strategy="reservoir")
     mixed(stored([30]), task_rows("now", 9), strategy="herding", buffer_size=5)  # other strategies keep an order
 
 
@@ -323,5 +472,6 @@ def test_support_is_narrowed_by_settings():
     assert replay().supports() == Replay.support
     assert not replay(mix="batch").supports().packing
     assert not replay(strategy="kmeans").supports().sequence_parallel
+    assert not replay(strategy="herding").supports().encoder_decoder
     assert replay(strategy="kmeans", embed="tfidf").supports().sequence_parallel
     assert Replay.needs_rows

@@ -27,6 +27,32 @@ def test_every_global_batch_holds_its_share(current, batch, ratio, share):
             assert sum(i >= current for i in order[start : start + batch]) == share
 
 
+@pytest.mark.parametrize(
+    ("current", "batch", "share", "replayed"),
+    # Batches of 3 + 2 rows: two full ones, or one and a row that is left, whose part is 2/3. Of 2 + 1: half a row is
+    # rounded up. Of 5 + 3: three rows need 9/5, and two beside a full batch 6/5. Of 7 + 1: two rows need 2/7.
+    [(6, 5, 2, 4), (4, 5, 2, 3), (1, 3, 1, 1), (3, 8, 3, 2), (7, 8, 3, 4), (2, 8, 1, 0)],
+)
+def test_the_last_batch_has_its_part_of_a_share(current, batch, share, replayed):
+    assert rows_for_batches(current, batch, share) == replayed
+
+
+def test_an_epoch_draws_both_kinds_of_rows_in_random_order():
+    order = order_for_batches(70, 10, 8, 1, 0)
+    old = [row for row in order if row >= 70]
+    assert old != sorted(old)
+    assert {row for row in order[:8] if row < 70} != set(range(7))
+
+
+def test_the_order_depends_on_seed_and_task():
+    orders = set()
+    for task, seed in (("now", 0), ("now", 1), ("later", 0)):
+        ctx = TokenContext(task=task, earlier=["t0"], state=stored([50]))
+        ctx.rows = task_rows("now", 70)
+        orders.add(tuple(replay(mix="batch", seed=seed).batch_order(ctx, 80, 0)))
+    assert len(orders) == 3
+
+
 def test_replayed_rows_lie_anywhere_in_their_batch():
     order = order_for_batches(70, 10, 8, 1, 0)
     assert len({next(i for i, row in enumerate(order[s : s + 8]) if row >= 70) for s in range(0, 80, 8)}) > 3

@@ -1,12 +1,13 @@
 """The row store: quotas, the reservoir, eligibility, and state that survives a round trip."""
 
 from fractions import Fraction
+from hashlib import sha256
 
 import pytest
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, load_method_state, save_method_state
-from swift_cl.methods._draws import permutation, slots_up_to
+from swift_cl.methods._draws import permutation, seed32, slots_up_to
 from swift_cl.methods._row_store import (
     RowStore,
     SeenTask,
@@ -51,6 +52,13 @@ def test_per_task_budget_never_shrinks():
     assert [len(store.of_task(f"t{k}")) for k in range(3)] == [10, 4, 10]
 
 
+def test_a_task_of_which_no_row_is_left_keeps_its_place():
+    store = RowStore([], [SeenTask("t0", 9, 0)])
+    assert store.shares(10, True, 4) == [0, 4]
+    store.add(SeenTask("t1", 4, 0), rows("t1", 4), [0, 4])
+    assert [len(store.of_task(task)) for task in ("t0", "t1")] == [0, 4]
+
+
 @pytest.mark.parametrize(
     ("total", "available", "shares"),
     [
@@ -71,6 +79,7 @@ def test_largest_remainder_gives_ties_to_lower_indexes():
     assert largest_remainder(3, [2, 2]) == [2, 1]
     assert largest_remainder(10, [10, 50, 40]) == [1, 5, 4]
     assert largest_remainder(5, [1, 1, 8]) == [1, 0, 4]
+    assert largest_remainder(2, [1, 1, 8]) == [0, 0, 2]  # of 0.2, 0.2 and 1.6 the last has the larger fraction
     assert largest_remainder(5, [0, 0]) == [0, 0]
 
 
@@ -86,6 +95,10 @@ def test_reservoir_follows_its_draws():
     stream = rows("t", 5)
     slots = reservoir([], stream, 2, 0, [0, 0, 1, 3, 0])
     assert [stream.index(row) for row in slots] == [4, 2]
+    # The same in two parts; the slots that are given are not written to.
+    first = reservoir([], stream[:3], 2, 0, [0, 0, 1])
+    assert reservoir(first, stream[3:], 2, 3, [3, 0]) == slots
+    assert [stream.index(row) for row in first] == [0, 2]
 
 
 def test_reservoir_keeps_every_row_equally_often():
@@ -109,7 +122,11 @@ def test_reservoir_is_one_stream_over_tasks():
     split.stream(SeenTask("b", 40, 0), stream[30:], 8, 5)
     assert split.rows == together.rows
     assert split.stream_length == 70
+    assert split.seen == [SeenTask("a", 30, 0), SeenTask("b", 40, 0)]
     assert {row.task for row in split.rows} == {"a", "b"}
+    other = RowStore()
+    other.stream(SeenTask("ab", 70, 0), stream, 8, 6)
+    assert other.rows != together.rows
 
 
 def test_draws_are_functions_of_their_key():
@@ -118,6 +135,8 @@ def test_draws_are_functions_of_their_key():
     assert len({tuple(permutation(50, seed, name)) for seed in (0, 1) for name in ("x", "y")}) == 4
     # A change of these numbers changes which rows an old run would draw.
     assert permutation(6, 0, "frozen") == [1, 5, 0, 4, 3, 2]
+    assert seed32(0, "frozen") == int(sha256(b'[0, "frozen"]').hexdigest()[:8], 16) < 2**32
+    assert len({seed32(seed, name) for seed in (0, 1) for name in ("x", "y")}) == 4
 
 
 def test_draws_of_a_stream_can_be_continued_anywhere():
@@ -132,7 +151,8 @@ def test_draws_of_a_stream_can_be_continued_anywhere():
 def test_a_row_is_what_it_says():
     row = token_row([1], [2])
     assert row_id({**row, "label": "x", "images": []}) == row_id(row)
-    assert row_id({**row, "images": ["a.png"]}) != row_id(row)
+    for part in ("images", "videos", "audios", "tools", "objects"):
+        assert row_id({**row, part: ["a.png"]}) != row_id(row)
     other_system = {"messages": [{"role": "system", "content": "other"}, *row["messages"][1:]]}
     assert row_id(other_system) != row_id(row)
 
@@ -140,12 +160,19 @@ def test_a_row_is_what_it_says():
 def test_state_survives_files(tmp_path):
     store = filled(10, True, 20, 20)
     store.rows[0] = StoredRow.of(store.rows[0].row, "t0", "class a")
-    store.settings = {"strategy": "random"}
+    store.rows[1] = StoredRow.of(store.rows[1].row, "t0", "class b")
+    store.rows[2] = StoredRow.of(store.rows[2].row, "t0", "class a")
+    store.rows[:2] = store.rows[1::-1]  # b before a
+    store.settings, store.stream_length = {"strategy": "random"}, 40
     save_method_state(tmp_path, "replay", store.state())
     ctx = TokenContext(earlier=["t0", "t1"], state=load_method_state(tmp_path, "replay"))
     assert RowStore.load(ctx, "replay") == store
     manifest = ctx.state.meta["store"]["seen"]
-    assert manifest[0] == {"task": "t0", "num_seen": 20, "dropped": 0, "stored": 5, "classes": {"class a": 1}}
+    classes = {"class a": 2, "class b": 1}
+    assert manifest[0] == {"task": "t0", "num_seen": 20, "dropped": 0, "stored": 5, "classes": classes}
+    assert list(manifest[0]["classes"]) == ["class a", "class b"]
+    assert manifest[1] == {"task": "t1", "num_seen": 20, "dropped": 0, "stored": 5}
+    assert ctx.state.rows["store"][4].keys() == {"id", "task", "row"}  # no class
 
 
 def test_the_first_task_starts_with_an_empty_store():
@@ -156,8 +183,12 @@ def test_a_store_of_other_tasks_is_refused():
     state = filled(10, True, 20, 20).state()
     with pytest.raises(UserError, match=r"gem\.json: rows of tasks \['t0', 't1'\], but .* \['t0', 't2'\]"):
         RowStore.load(TokenContext(earlier=["t0", "t2"], state=state), "gem")
-    with pytest.raises(UserError, match=r"replay\.json: no row store"):
-        RowStore.load(TokenContext(earlier=["t0"], state=MethodState()), "replay")
+    for others in (["t1", "t0"], ["t0", "t1", "t2"], ["t0"]):
+        with pytest.raises(UserError, match="rows of tasks"):
+            RowStore.load(TokenContext(earlier=others, state=state), "gem")
+    for part in (MethodState(), MethodState(rows=state.rows), MethodState(meta=state.meta)):
+        with pytest.raises(UserError, match=r"replay\.json: no row store"):
+            RowStore.load(TokenContext(earlier=["t0", "t1"], state=part), "replay")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
