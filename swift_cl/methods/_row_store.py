@@ -227,7 +227,7 @@ def usable_rows(
         window = order[start : start + at_once]
         mine = [rows[i] for i in window[ctx.rank :: ctx.world_size]]
         flags = torch.zeros(len(window), device=ctx.device)
-        good = [float(usable(encoded)) for encoded in ctx.encode(mine)] if mine else []
+        good = [float(usable(encoded)) for encoded in ctx.encode(mine)]
         flags[ctx.rank :: ctx.world_size] = torch.tensor(good, device=ctx.device)
         for i, flag in zip(window, ctx.all_reduce_sum(flags).tolist(), strict=True):
             if len(kept) == wanted:

@@ -35,4 +35,4 @@ class Mtl(Method):
         return MethodState(meta={"rows": len(rows)}, rows={ROWS: rows})
 
     def _earlier(self, ctx: TaskContext) -> list[TrainingRow]:
-        return list(ctx.previous_state().rows[ROWS]) if ctx.earlier else []
+        return ctx.previous_state().rows[ROWS] if ctx.earlier else []

@@ -8,6 +8,7 @@ import torch
 
 from swift_cl.errors import UserError
 from swift_cl.io import MethodState, load_method_state, read_jsonl, save_method_state
+from swift_cl.methods.base import Method
 from swift_cl.methods.mtl import Mtl, MtlConfig
 from swift_cl.methods.single import Single
 from swift_cl.stages import load_stage
@@ -28,21 +29,31 @@ def test_joint_training_takes_the_rows_of_all_tasks_in_order(tmp_path: Path) -> 
         ctx = FakeContext(earlier=[f"t{i}" for i in range(index)], state=state)
         ctx.rows = own
         method = Mtl(MtlConfig())
-        seen.append([row["messages"][0]["content"] for row in method.prepare_task(ctx, own)])
-        save_method_state(tmp_path / str(index), "mtl", method.end_task(ctx))
+        used = method.prepare_task(ctx, own)
+        assert (used is own) == (index == 0)  # the same list says that the data is unchanged
+        seen.append([row["messages"][0]["content"] for row in used])
+        ended = method.end_task(ctx)
+        assert ended.meta == {"rows": (2, 3, 5)[index]}
+        save_method_state(tmp_path / str(index), "mtl", ended)
         state = load_method_state(tmp_path / str(index), "mtl")
     assert seen == [["a", "b"], ["a", "b", "c"], ["a", "b", "c", "d", "e"]]
 
 
-def test_a_fresh_stage_continues_no_adapter_but_the_same_base(tmp_path: Path) -> None:
+def test_only_joint_training_needs_the_rows_themselves() -> None:
+    """It stores them; a model of its own for every task may also read them from a stream."""
+    assert (Mtl.needs_rows, Single.needs_rows) == (True, False)
+
+
+@pytest.mark.parametrize("method", [Single, Mtl])
+def test_a_fresh_stage_continues_no_adapter_but_the_same_base(method: type[Method], tmp_path: Path) -> None:
     base, other = make_model(tmp_path / "base"), make_model(tmp_path / "other", seed=1)
     previous = make_stage(tmp_path / "1", base_model=str(base))
-    assert start_of_stage({"model": [str(base)]}, previous, Single) == (None, None)
+    assert start_of_stage({"model": [str(base)]}, previous, method) == (None, None)
     assert start_of_stage({"model": [str(base)]}, previous)[0] == str(previous.weights_dir)
     with pytest.raises(UserError, match="trained on base model"):
-        start_of_stage({"model": [str(other)]}, previous, Single)
-    with pytest.raises(UserError, match="--adapters does not work with method 'single'"):
-        start_of_stage({"model": [str(base)], "adapters": [str(previous.weights_dir)]}, previous, Single)
+        start_of_stage({"model": [str(other)]}, previous, method)
+    with pytest.raises(UserError, match=f"--adapters does not work with method '{method.name}'"):
+        start_of_stage({"model": [str(base)], "adapters": [str(previous.weights_dir)]}, previous, method)
 
 
 @pytest.mark.slow

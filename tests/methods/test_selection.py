@@ -58,6 +58,9 @@ def test_classes_are_answers_or_a_column():
     rows = [answered("yes", kind=1), answered("no", kind=2)]
     assert class_labels(rows, "", "t") == ["yes", "no"]
     assert class_labels(rows, "kind", "t") == ["1", "2"]
+    assert class_labels([answered("yes", kind=0), answered("no", kind="")], "kind", "t") == ["0", ""]
+    with pytest.raises(UserError, match="row 0 of task 't' has no such key"):
+        class_labels([answered("yes", kind=None)], "kind", "t")
     with pytest.raises(UserError, match="--replay_class_key is 'sort', but row 1 of task 't' has no such key"):
         class_labels([answered("yes", sort="a"), answered("no")], "sort", "t")
 

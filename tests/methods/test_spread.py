@@ -41,3 +41,22 @@ def test_parts_are_the_whole(world_size: int, spread: bool) -> None:
         assert torch.allclose(products, expected, rtol=1e-5)
         assert torch.equal(products, found[0][0])
     assert sum(kept for *_, kept in found) == (23 if spread else 23 * world_size)
+
+
+def test_vectors_are_fp32_copies() -> None:
+    tensor = torch.ones(3, dtype=torch.bfloat16)
+    layout = Layout(FakeContext(), {"a": tensor.shape}, False)
+    assert layout.own([tensor]).dtype == torch.float32
+    single = torch.ones(3)
+    layout.own([single]).zero_()
+    assert single.tolist() == [1, 1, 1]
+
+
+def test_replicas_go_by_the_products_of_the_first() -> None:
+    """Each rank holds all, and theirs differ by what a different order of sums may make of them."""
+
+    def work(ctx: FakeContext) -> float:
+        layout = Layout(ctx, {"a": Size([1])}, False)
+        return layout.products([torch.tensor([2.0 + ctx.rank])]).item()
+
+    assert on_ranks(2, lambda rank, size: FakeContext(rank=rank, world_size=size), work) == [4.0, 4.0]
