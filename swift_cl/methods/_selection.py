@@ -96,7 +96,6 @@ def class_balanced_order(labels: Sequence[str], *key: Key) -> list[int]:
 
 def kmeans_order(points: "NDArray[np.float64]", clusters: int, count: int, seed: int) -> list[int]:
     """`count` rows that cover the clusters of `points`: shares by cluster size, nearest to the centroid first."""
-    count = min(count, len(points))
     members = [[i for i, _ in own] for own in kmeans_clusters(points, min(clusters, count), seed)]
     shares = largest_remainder(count, [len(own) for own in members])
     return round_robin([own[:share] for own, share in zip(members, shares, strict=True)])
@@ -135,7 +134,7 @@ def _lloyd(points: "NDArray[np.float64]", clusters: int, seed: int) -> "NDArray[
 
 def herding_order(points: "NDArray[np.float64]", count: int) -> list[int]:
     """iCaRL: row k is the one that brings the mean of the first k rows closest to the mean of all."""
-    mean = points.mean(axis=0) if len(points) else points
+    mean = points.mean(axis=0)
     # |k mean - (phi + sum)|^2 without its constant part: |phi|^2 - 2 phi.(k mean - sum)
     squares, along_mean = np.einsum("ij,ij->i", points, points), points @ mean
     along_sum = np.zeros(len(points))

@@ -62,6 +62,8 @@ def test_tasks_share_the_draw_in_proportion_to_the_store():
     rows, record = mixed(state, task_rows("now", 100), tasks=3, ratio=0.1)
     assert record["by_task"] == {"t0": 4, "t1": 3, "t2": 3}
     assert tasks_of(rows) == {"now": 100, "t0": 4, "t1": 3, "t2": 3}
+    _, record = mixed(stored([30, 10]), task_rows("now", 80), tasks=2)
+    assert record["by_task"] == {"t0": 6, "t1": 2}
 
 
 def test_several_passes_over_the_store():

@@ -1,6 +1,7 @@
 """The strategies, on inputs small enough to do by hand."""
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from swift_cl.methods._selection import (
     class_herding_order,
     class_labels,
     herding_order,
+    kmeans_clusters,
     kmeans_order,
     normalised,
     prompt_text,
@@ -52,6 +54,8 @@ def test_class_balanced_is_random_within_a_class():
     orders = {tuple(class_balanced_order(["A"] * 20, seed)) for seed in range(5)}
     assert len(orders) == 5
     assert tuple(range(20)) not in orders
+    both = class_balanced_order(["A"] * 20 + ["B"] * 20, 0)
+    assert [i for i in both if i < 20] != [i - 20 for i in both if i >= 20]
 
 
 def test_classes_are_answers_or_a_column():
@@ -67,6 +71,7 @@ def test_classes_are_answers_or_a_column():
 
 def test_answers_that_are_no_classes_are_refused():
     assert len(class_labels([answered(str(i)) for i in range(64)], "", "t")) == 64
+    assert len(class_labels([answered(str(i % 2)) for i in range(100)], "", "t")) == 100
     with pytest.raises(UserError, match=r"65 different answers, more than 64.*--replay_class_key"):
         class_labels([answered(str(i)) for i in range(65)], "", "t")
     many = [answered(str(i), kind=str(i)) for i in range(65)]
@@ -124,14 +129,42 @@ def test_kmeans_shares_follow_cluster_sizes():
         nearest = np.argsort(np.linalg.norm(own - own.mean(0), axis=1))
         chosen = [i - cluster * 30 for i in order if i // 30 == cluster]
         assert chosen == list(nearest[: len(chosen)])
+    # Of four rows of clusters of six and two, three and one.
+    uneven = np.array([[0.0], [1], [2], [3], [4], [5], [1000], [1001]])
+    assert sorted(i // 6 for i in kmeans_order(uneven, 2, 4, 0)) == [0, 0, 0, 1]
 
 
 def test_kmeans_needs_no_more_clusters_than_rows_or_shares():
     points = np.array([[0.0], [1.0], [5.0], [6.0]])
     assert sorted(kmeans_order(points, 20, 4, 0)) == [0, 1, 2, 3]
-    assert len(kmeans_order(points, 20, 1, 0)) == 1
+    assert sorted(kmeans_order(points, 20, 9, 0)) == [0, 1, 2, 3]
+    # One row is the nearest to the centroid of all, 3; of the two at distance 2 the first.
+    assert kmeans_order(points, 20, 1, 0) == [1]
     assert kmeans_order(points, 20, 0, 0) == []
-    assert sorted(kmeans_order(np.zeros((6, 2)), 3, 4, 0)) == [0, 1, 2, 3]  # equal rows, empty clusters
+    assert sorted(own[0][0] for own in kmeans_clusters(points, 20, 0)) == [0, 1, 2, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sorted(kmeans_order(np.zeros((6, 2)), 3, 4, 0)) == [0, 1, 2, 3]  # equal rows, empty clusters
+
+
+def test_kmeans_numbers_clusters_by_their_first_rows_and_rows_by_distance():
+    points = np.array([[2000.0], [0.0], [1000.0], [1001.0], [1.0]])
+    for seed in range(10):
+        clusters = kmeans_clusters(points, 3, seed)
+        assert clusters == [[(0, 0.0)], [(1, 0.5), (4, 0.5)], [(2, 0.5), (3, 0.5)]]
+    # Distances 1, 0, 3 and 2 to the mean, 4.
+    assert kmeans_clusters([[3.0], [4.0], [7.0], [2.0]], 1, 0) == [[(1, 0.0), (0, 1.0), (3, 2.0), (2, 3.0)]]
+    # As computed .3 is nearer to the mean of the three than .1 is, by some 1e-17.
+    assert kmeans_order(np.array([[0.1], [0.2], [0.3]]), 1, 3, 0) == [1, 0, 2]
+
+
+def test_kmeans_goes_on_until_every_row_is_in_the_nearest_cluster():
+    points = np.random.default_rng(5).normal(size=(400, 3))
+    clusters = [[i for i, _ in own] for own in kmeans_clusters(points, 12, 0)]
+    centroids = np.stack([points[own].mean(axis=0) for own in clusters])
+    for number, own in enumerate(clusters):
+        distances = np.linalg.norm(points[own][:, None] - centroids, axis=2)
+        assert (distances.argmin(axis=1) == number).all()
 
 
 def test_kmeans_is_a_function_of_its_seed():
