@@ -256,6 +256,18 @@ def test_the_loss_is_the_weighted_mean_over_all_tokens() -> None:
     assert float(loss + term) == pytest.approx(3.5)
 
 
+def test_the_weights_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here 1 token of weight 0.5, on another rank 3 of weight 2.5 in all: the sums are 4 and 3."""
+    method, ctx = AdapterCl(AdapterClConfig(prompt_loss_weight=0.5)), FakeContext()
+    other = torch.tensor([3.0, 2.5], dtype=torch.float64)
+    monkeypatch.setattr(ctx, "all_reduce_sum", lambda tensor: tensor + other)
+    batch = {"labels": torch.tensor([[9, 8]]), "loss_scale": torch.tensor([[1.0, 0.5]])}
+    method.window(ctx, [batch])
+    term = method.loss(ctx, None, {}, torch.tensor(6.0), None)
+    assert term is not None
+    assert float(6 + term) == pytest.approx(8)
+
+
 def test_flags_of_ms_swift_follow_from_the_weight() -> None:
     given = [(w, dict(AdapterCl(AdapterClConfig(w, "oracle")).required_flags())) for w in (0.0, 1.0, 0.25)]
     assert given == [(0.0, {}), (1.0, {"loss_scale": "all"}), (0.25, {"loss_scale": "all+prompt_weight_0.25"})]

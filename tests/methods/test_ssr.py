@@ -182,6 +182,13 @@ def test_the_budget_is_the_ratio_or_the_number():
     assert Ssr(SsrConfig(num_samples=7)).wanted(2000) == 7
 
 
+def test_the_budget_is_a_share_of_the_task_that_is_rehearsed(tmp_path):
+    """A quarter of 20 rows, whatever the size of the task that they are mixed into."""
+    rows = {"one": kind_rows("one", 20), "two": kind_rows("two", 40), "three": kind_rows("three", 8)}
+    found = stages(ssr(num_samples=0, ratio=0.25), tmp_path, list(rows), rows=rows, latest=shout)
+    assert [len(mixed) for mixed, _, _ in found] == [20, 40 + 5, 8 + 5 + 10]
+
+
 @pytest.mark.parametrize("make", [ssr, pseudo])
 def test_shots_and_demo_ratio_say_what_a_prompt_shows(make, tmp_path):
     """Half of 20 rows are ten demonstrations, of which a prompt has four."""
