@@ -19,6 +19,7 @@ import importlib.machinery
 import importlib.util
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -43,6 +44,8 @@ LIBRARIES = (
     "swift.template",
 )
 RED, GREEN = "red", "GREEN"
+LONGEST = 600
+"""Seconds that the tests of a defect may take: one that lets them run for ever is none that they find."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def _run(tests: Sequence[str], output: Path, defect: Defect | None) -> tuple[str
     child = os.fork()
     if child == 0:
         code, plugin = 70, _FirstFailure()
+        signal.alarm(LONGEST)
         with contextlib.suppress(BaseException):
             stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(stream, 1)
@@ -176,6 +180,8 @@ def _run(tests: Sequence[str], output: Path, defect: Defect | None) -> tuple[str
         return RED, test
     if code == pytest.ExitCode.OK:
         return GREEN, ""
+    if code == -signal.SIGALRM:
+        return f"NO END in {LONGEST} s", ""
     return f"NOT RUN (exit code {code})", ""
 
 
