@@ -63,6 +63,7 @@ def test_a_hole_makes_null_what_needs_it_and_nothing_else():
     assert found.values["new_acc"] == 80
     assert found.values["fwt"] == 12.5
     assert found.has_holes
+    assert found.as_json()["missing_cells"]["avg_acc"] == [[3, 1]]
     # What filling the hole with 0 would have given.
     assert 51.67 not in [round(value, 2) for value in found.values.values() if value is not None]
 

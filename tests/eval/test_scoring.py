@@ -13,6 +13,7 @@ from swift_cl.evaluation.floors import shuffled
 from swift_cl.evaluation.grid import EvalOptions, prepare
 from swift_cl.evaluation.score_files import read_scores, score_path
 from swift_cl.evaluation.scorers import Item, Unscored
+from swift_cl.evaluation.scoring import GridScorer, score_cells
 from tests.eval.conftest import write_rows
 from tests.eval.helpers import REFERENCES, go, names, right
 from tests.eval.mock_endpoint import Fault, MockEndpoint
@@ -209,6 +210,13 @@ def test_scores_of_single_answers(make_run):
         for scorer in ("exact_match", "token_f1") for row in ("base", "stage_1_old", "stage_2_new")
         for task in ("old", "new")
     }  # fmt: skip
+
+
+def test_a_cell_without_answers_has_no_value():
+    scorer = GridScorer("exact_match", True, {"old": scorers.load("exact_match", None, {}, "here")})
+    answered = Item("yes", "yes", "?", "old", None, "o0", 0)
+    found = score_cells(scorer, {("base", "old"): [answered], ("stage_1", "old"): []})
+    assert {row: cell.value for (row, _), cell in found.items()} == {"base": 100.0, "stage_1": None}
 
 
 def test_an_incomplete_cell_has_scores_but_no_value_and_without_answers_no_file(make_run):

@@ -34,6 +34,12 @@ def rows(task: str, count: int = 12, system: str = "stage") -> list[dict[str, An
 class SelectorContext(FakeContext):
     """Encodes prompts by characters, and names parameters as the session does."""
 
+    sizes = (8, 4)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.global_batch, self.micro_batch = self.sizes
+
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         return {parameter_name(name): parameter for name, parameter in super().parameters.items()}
@@ -277,8 +283,13 @@ def test_the_bias_counts_at_inference_and_names_are_those_of_learning(
     assert sizes == [2, 1]
 
 
-def test_two_ranks_train_the_selector_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank adds up its share; here the other one's share is computed in the same process."""
+@pytest.mark.parametrize(("batch", "micro"), [(8, 4), (3, 1)])
+def test_two_ranks_train_the_selector_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, micro: int
+) -> None:
+    """Each rank adds up its share; here the other one's share is computed in the same process. Of three rows one at a
+    time the second rank has one: its second pass must not count."""
+    monkeypatch.setattr(SelectorContext, "sizes", (batch, micro))
     learn(tmp_path / "one", ["one", "two"], batch_limit=2)
     whole = load_method_state(tmp_path / "one" / "two" / "cl_state", "dynamic_conpet").tensors["head/weight"]
     import threading

@@ -92,6 +92,14 @@ def test_the_first_tasks_softmax_knows_no_later_class() -> None:
     assert total == pytest.approx(0.693147, abs=1e-6)
 
 
+def test_a_head_of_another_size_is_refused() -> None:
+    labels = json.dumps({**LABELS, "c": ["more"]})
+    model = Classifier()
+    model.lora.requires_grad_(False)
+    with pytest.raises(UserError, match="--num_labels is 4, --dynamic_conpet_cls_labels has 5 classes"):
+        made(labels=labels).prepare_model(FakeContext(model, task="a"), model)
+
+
 def test_the_scenario_says_who_chooses() -> None:
     assert not made().needs_task_id()
     assert made(scenario="til").needs_task_id()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -243,6 +244,17 @@ class TestHooks:
             output.logits = torch.zeros(len(batch["labels"]), 4)
             total += float(method.loss(ctx, None, batch, torch.tensor(9.0), output))
         assert total == pytest.approx(0.693147, abs=1e-6)
+
+    def test_the_rows_of_the_step_are_those_of_all_ranks(self, monkeypatch) -> None:
+        """Three rows here, five on another rank: the divisor is 8."""
+        method, ctx = seq_star(), FakeContext(Classifier(), task="a")
+        method.prepare_model(ctx, ctx.model)
+        method.train_begin(ctx)
+        monkeypatch.setattr(ctx, "all_reduce_sum", lambda tensor: tensor + 5)
+        batch = {"labels": torch.tensor([0, 1, 0])}
+        method.window(ctx, [batch])
+        loss = method.loss(ctx, None, batch, torch.tensor(9.0), SimpleNamespace(logits=torch.zeros(3, 4)))
+        assert float(loss) == pytest.approx(3 * 0.693147 / 8, abs=1e-6)
 
     def test_the_warm_up_is_a_training_of_its_own(self) -> None:
         lm = {"num_train_epochs": "2.0", "learning_rate": "0.0001", "cl_method": "seq", "task_type": "causal_lm"}
