@@ -13,7 +13,7 @@ from swift_cl.evaluation.floors import shuffled
 from swift_cl.evaluation.grid import EvalOptions, prepare
 from swift_cl.evaluation.score_files import read_scores, score_path
 from swift_cl.evaluation.scorers import Item, Unscored
-from swift_cl.evaluation.scoring import GridScorer, score_cells
+from swift_cl.evaluation.scoring import GridScorer, _cell, score_cells
 from tests.eval.conftest import write_rows
 from tests.eval.helpers import REFERENCES, go, names, right
 from tests.eval.mock_endpoint import Fault, MockEndpoint
@@ -217,6 +217,13 @@ def test_a_cell_without_answers_has_no_value():
     answered = Item("yes", "yes", "?", "old", None, "o0", 0)
     found = score_cells(scorer, {("base", "old"): [answered], ("stage_1", "old"): []})
     assert {row: cell.value for (row, _), cell in found.items()} == {"base": 100.0, "stage_1": None}
+
+
+def test_the_most_frequent_reason_comes_first():
+    loaded = scorers.load("exact_match", None, {}, "here")
+    items = [Item("yes", "yes", "?", "old", None, f"o{i}", 0) for i in range(4)]
+    found = _cell(loaded, items, [Unscored("rare"), 100.0, Unscored("often"), Unscored("often")])
+    assert (found.value, found.unscored, found.problems) == (None, 3, ["2 x often", "1 x rare"])
 
 
 def test_an_incomplete_cell_has_scores_but_no_value_and_without_answers_no_file(make_run):

@@ -232,3 +232,8 @@ def test_a_folder_given_twice_counts_once(call, tmp_path, capsys):
         main(["compare", str(tmp_path / "run0"), str(tmp_path / "run0") + "/", "--json"])
     assert done.value.code == 0
     assert json.loads(capsys.readouterr().out)["scorers"]["similarity"]["methods"]["seq"]["n"] == 1
+
+
+def test_the_interval_does_not_hang_on_the_order_of_the_runs():
+    values = [0.0, 3.0, 5.0, 6.0, 30.0]
+    assert bootstrap_interval(values) == bootstrap_interval(values[::-1]) == bootstrap_interval(sorted(values, key=str))
