@@ -9,7 +9,7 @@ import pytest
 from swift_cl.cli.main import main
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.evaluation import scorers
-from swift_cl.evaluation.floors import shuffled
+from swift_cl.evaluation.floors import joint_row, shuffled
 from swift_cl.evaluation.grid import EvalOptions, prepare
 from swift_cl.evaluation.score_files import read_scores, score_path
 from swift_cl.evaluation.scorers import Item, Unscored
@@ -319,6 +319,22 @@ def test_joint_training_is_a_ceiling_given_or_beside(make_run):
         assert entry(go(run, mock, scorers=("token_f1",)), "token_f1")["ceiling"]["mtl"] is None
         (joint / "results.json").write_text("{")
         assert entry(go(run, mock), "exact_match")["ceiling"]["mtl"] is None
+
+
+def test_joint_training_is_read_task_by_task_from_its_last_full_row():
+    def entry(name, seed, order, matrix):
+        answers = {"expected": [{"old": 2, "new": 3}[task] for task in order]}
+        facts = {"benchmark": "b", "model_id": "m", "method": "mtl", "name": name, "seed": seed, "answers": answers}
+        return {**facts, "order": order, "scorers": {"exact_match": {"matrix": matrix}}}
+
+    run = entry("run", 1, ["old", "new"], [])
+    turned = entry("turned", 1, ["new", "old"], [[1.0, 2.0], [3.0, 4.0], [5.0, None]])
+    other_seed = entry("another seed", 2, ["old", "new"], [[7.0, 8.0]])
+    other_rows = {**other_seed, "answers": {"expected": [2, 9]}, "seed": 1, "name": "a smaller test"}
+    found = joint_row([other_seed, other_rows, turned], run, "exact_match")
+    assert found == ("turned", [4.0, 3.0])
+    assert joint_row([other_seed], run, "exact_match") == ("another seed", [7.0, 8.0])
+    assert joint_row([other_rows], run, "exact_match") is None
 
 
 def test_the_floor_stands_in_the_printed_table(make_run, capsys):
