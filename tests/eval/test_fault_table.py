@@ -258,6 +258,36 @@ def test_a_failed_write_leaves_no_half_line_before_the_next(tmp_path, monkeypatc
     assert len(store) == 2
 
 
+def test_what_got_through_of_a_failed_write_is_cut_off(tmp_path, monkeypatch):
+    store = store_module.AnswerStore(tmp_path / "answers.jsonl")
+    row = {"id": "a", "turn": 0, "key": "k", "answer": "x", "finish": "stop"}
+    store.append(row)
+
+    class HalfWritten:
+        def __init__(self, path, mode, buffering):
+            self.stream = open(path, mode, buffering=buffering)  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.stream.close()
+
+        def fileno(self):
+            return self.stream.fileno()
+
+        def write(self, data):
+            self.stream.write(data[:5])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store_module, "open", HalfWritten, raising=False)
+        with pytest.raises(RunFailure, match="No space left"):
+            store.append({**row, "id": "b"})
+    store.append({**row, "id": "c"})
+    assert [json.loads(line)["id"] for line in store.path.read_text().splitlines()] == ["a", "c"]
+
+
 def test_many_threads_write_whole_lines_and_share_flushes(tmp_path, monkeypatch):
     store = store_module.AnswerStore(tmp_path / "answers.jsonl")
     flushes = []

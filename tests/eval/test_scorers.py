@@ -23,6 +23,8 @@ from swift_cl.evaluation.scorers import similarity
         ("Straße", "STRASSE", 100),
         ("3.5", "35", 0),
         ("Lyon", "Paris", 0),
+        ("Paris, France", "Paris", 0),
+        ("Paris", "Paris, France", 0),
         ("", "Paris", 0),
         ("", ".", 0),
         ("...", "...", 100),

@@ -113,6 +113,11 @@ def test_bleu_of_a_short_right_answer_is_full():
     assert scores("bleu", (LONG, "Paris"))[0] < 0.1
 
 
+def test_case_counts_in_bleu_unless_it_is_told_otherwise():
+    assert scores("bleu", ("PARIS", "paris"))[0] < 1e-6
+    assert scores("bleu", ("PARIS", "paris"), lowercase=True) == close(100)
+
+
 def test_bleu_cuts_chinese_into_characters_where_references_are_chinese():
     """我喜欢北京 for 我喜欢上海: 3 of 5 characters, 2 of 4, 1 of 3, none of 2 (smoothed: 1/(2*2))."""
     loaded = scorers.load("bleu")
