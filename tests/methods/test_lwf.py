@@ -187,15 +187,21 @@ class Window(FakeContext):
         return tensor + 10
 
 
-def test_all_tokens_skip_padding_and_the_seams_of_packed_rows() -> None:
-    teacher = torch.zeros(6, 2)
-    teacher[:, 0] = torch.tensor([logit_with_divergence(0.1 * (i + 1)) for i in range(6)])
+def distilling_all(teacher: Tensor) -> tuple[Lwf, Window, Table]:
+    """All tokens from these logits of the model before, by a student whose logits are 0."""
     model = Table(teacher)
     ctx = Window(model, earlier=["t0"])
     method = Lwf(LwfConfig(tokens="all", temperature=1.0))
     method.prepare_model(ctx, model)
     with torch.no_grad():
         model.z.zero_()
+    return method, ctx, model
+
+
+def test_all_tokens_skip_padding_and_the_seams_of_packed_rows() -> None:
+    teacher = torch.zeros(6, 2)
+    teacher[:, 0] = torch.tensor([logit_with_divergence(0.1 * (i + 1)) for i in range(6)])
+    method, ctx, model = distilling_all(teacher)
     labels = [[-100, -100, -100, -100, -100, 1]]
     cases: list[tuple[dict[str, Tensor], list[int]]] = [
         ({}, [0, 1, 2, 3, 4]),
@@ -217,12 +223,7 @@ def test_all_micro_batches_are_one_window() -> None:
     """Five and three predicted tokens here, ten on another rank."""
     teacher = torch.zeros(6, 2)
     teacher[:, 0] = logit_with_divergence(0.1)
-    model = Table(teacher)
-    ctx = Window(model, earlier=["t0"])
-    method = Lwf(LwfConfig(tokens="all", temperature=1.0))
-    method.prepare_model(ctx, model)
-    with torch.no_grad():
-        model.z.zero_()
+    method, ctx, model = distilling_all(teacher)
     labels = [[-100, -100, -100, -100, -100, 1]]
     short = {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}
     method.window(ctx, [{"labels": torch.tensor(labels)}, {"labels": torch.tensor(labels), **short}])
