@@ -8,6 +8,8 @@ import pytest
 
 from swift_cl.cli.main import main
 from swift_cl.evaluation.grid import EvalOptions, evaluate
+from swift_cl.evaluation.plan import GridOptions, load_grid
+from swift_cl.evaluation.results import collect
 from tests.eval.conftest import write_rows
 from tests.eval.helpers import FAST, REFERENCES, TURNS, go, names, right, scorer
 from tests.eval.mock_endpoint import MockEndpoint
@@ -189,6 +191,36 @@ def test_runs_share_the_base_and_equal_stages(make_run):
         assert len(mock.requests) == before
     assert found.complete
     assert scorer(found, 0)["base"] == scorer(found, 1)["base"] == [100, 100]
+
+
+def test_equal_stages_under_two_system_prompts_are_asked_apart(make_run):
+    """Two runs have equal weights; one of them was trained its first task under another system prompt."""
+    one, two = make_run("one"), make_run("two")
+    stage = two / "stage_1_old" / "stage.json"
+    stage.write_text(json.dumps(json.loads(stage.read_text()) | {"system": "sys other"}))
+
+    def answer(model, messages):
+        return "wrong" if messages[0]["content"] == "sys other" else right(model, messages)
+
+    with MockEndpoint(sorted({*names(one), *names(two)}), answer) as mock:
+        found = go([one, two], mock)
+        assert len(mock.requests) == (1 + 2 + 1) * TURNS
+    assert scorer(found, 0)["matrix"] == [[100, 100], [100, 100]]
+    assert scorer(found, 1)["matrix"] == [[0, 0], [100, 100]]
+
+
+def test_a_turn_after_an_answer_that_does_not_count_does_not_count(make_run):
+    """Its history is not known: the first turn's answer was asked with other settings."""
+    run = make_run()
+    with MockEndpoint(names(run), right) as mock:
+        go(run, mock)
+    path = run / "answers" / "base" / "old.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    (first,) = (row for row in rows if (row["id"], row["turn"]) == ("o1", 0))
+    first["key"] = "of other settings"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (problem,) = collect(load_grid(run, GridOptions()))[1]
+    assert problem.startswith("base x old: 2 of 4 answers missing (2 x the stored answer was asked with other settings")
 
 
 def test_unfinished_run_has_null_rows(make_run):

@@ -228,6 +228,15 @@ def test_a_dialogue_is_of_the_chosen_adapter_and_not_of_its_stage(make_run, rout
     assert all((d.weights, d.served) == (chosen[d.routed].weights, chosen[d.routed].served) for d in found)
 
 
+def test_a_question_that_was_not_routed_is_not_left_out(make_run, router):
+    from swift_cl.evaluation.questions import Stores, dialogues
+
+    grid = load_grid(make_routed(make_run()), GridOptions())
+    made = routes.Routes("stage", {grid.run.dir: "base"})
+    with pytest.raises(RunFailure, match="stage_2_new x old, 'o0' was not routed"):
+        dialogues([(grid, grid.stages[1])], lambda target: target.served, "stage", Stores(), made.answers)
+
+
 def test_merged_stages_serve_what_was_chosen(make_run, router):
     """Each server holds one adapter; the questions of a routed stage go to several servers."""
     from swift_cl.evaluation.questions import Stores, dialogues
