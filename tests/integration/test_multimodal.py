@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from swift_cl.errors import UserError
+from swift_cl.methods._frozen_teacher import rows_of_batch
 from swift_cl.methods._generating import GenerationConfig
 from swift_cl.methods.registry import methods
 from swift_cl.stages import load_stage
 from tests.support.commands import run_swift_cl
 from tests.support.seeing_base import SHAPES, why_not_qwen2_vl, write_pictures
-from tests.support.train import FLAGS, adapter, train_stage
+from tests.support.train import FLAGS, METHOD_FLAGS, NEWS, TASKS, adapter, train_stage
 
 pytestmark = pytest.mark.slow
 
@@ -79,6 +80,38 @@ def test_a_row_is_collated_again_with_its_picture(shown: Shown, tmp_path: Path) 
     assert "pixel_values" in first
     assert first.keys() == again.keys()
     assert torch.equal(first["pixel_values"], again["pixel_values"])
+
+
+def text(shown: Shown, task: str) -> dict[str, Any]:
+    """Rows without a picture, in batches of three: as many as Qwen2-VL's positions have planes."""
+    rows = {"dataset": str(NEWS / f"{task}-train.json"), "per_device_train_batch_size": 3, "lazy_tokenize": True}
+    return {**data(shown, "colour"), **rows}
+
+
+def test_rows_of_a_batch_of_text_keep_their_positions(shown: Shown, tmp_path: Path) -> None:
+    """What a teacher or a slow learner is given: some rows of a batch, which then answer as they did in it."""
+    sft = train_stage("seq", TASKS[0], tmp_path / "1", **{**text(shown, TASKS[0]), "max_steps": 1})
+    batch = sft.session.collate(sft.session.encode(sft.session.rows[:3]))
+    assert len(batch["labels"]) == 3
+    model = sft.trainer.model.eval()
+    with torch.no_grad():
+        every, some = (model(**inputs).logits for inputs in (batch, rows_of_batch(batch, torch.tensor([2, 0]))))
+    for row, found in zip((2, 0), some, strict=True):
+        real = batch["labels"][row] != -100
+        assert real.any()
+        assert torch.allclose(every[row][real], found[real], atol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "flags"), [("lwf", {"lwf_tokens": "all"}), ("i_lora", METHOD_FLAGS["i_lora"])])
+def test_methods_that_cut_batches_train_on_text(
+    method: str, flags: dict[str, Any], shown: Shown, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "1", tmp_path / "2"
+    train_stage(method, TASKS[0], first, **{**text(shown, TASKS[0]), **flags})
+    train_stage(method, TASKS[1], second, first, **{**text(shown, TASKS[1]), **flags})
+    one, two = adapter(first), adapter(second)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in two.values())
+    assert any(not torch.equal(one[name], two[name]) for name in one.keys() & two.keys())
 
 
 @pytest.mark.parametrize("method", sorted(filter(refuses, methods())))
