@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.training.flags import check_method_flags
-from swift_cl.tuners import register_tuners
-from swift_cl.tuners.moelora import MoELoRA
+from swift_cl.tuners import peft_types, register_tuners
+from swift_cl.tuners.moelora import MoELoRA, MoELoRASettings
 from swift_cl.tuners.moelora.layer import MoELoRALayer
 from swift_cl.tuners.moelora.model import MoELoRAConfig
 from swift_cl.tuners.peft_types import add_member, register_type
@@ -71,8 +72,8 @@ def test_two_experts_by_hand(router: Any, gate: list[float], delta: list[float])
 
 
 def test_scaling_by_the_rank_of_one_expert_is_e_times_larger() -> None:
-    assert layer(4, 2, 8.0).scaling["default"] == 2.0
-    assert layer(4, 2, 8.0, scaling="expert").scaling["default"] == 4.0
+    assert layer(8, 2, 8.0).scaling["default"] == 1.0
+    assert layer(8, 2, 8.0, scaling="expert").scaling["default"] == 2.0
 
 
 def test_the_stacked_form_is_the_sum_over_experts() -> None:
@@ -183,6 +184,49 @@ def test_rows_of_one_batch_under_different_names(tmp_path: Path) -> None:
         model.train()(IDS, adapter_names=["one"])
 
 
+def test_several_active_adapters_add_up() -> None:
+    """Of one layer: x (1, 2), A = I, R = 0, alpha / r = 1; B of one (1, 2; 0, 1), of two (0, 1; 1, 0)."""
+    found = layer(2, 2, 2.0)
+    found.update_layer("two", MoELoRAConfig(r=2, num_experts=2, lora_alpha=2.0))
+    found.update_layer("three", MoELoRAConfig(r=2, num_experts=2, lora_alpha=2.0))
+    for name, b in (
+        ("default", [[1.0, 2.0], [0.0, 1.0]]),
+        ("two", [[0.0, 1.0], [1.0, 0.0]]),
+        ("three", [[9.0] * 2] * 2),
+    ):
+        with torch.no_grad():
+            found.moelora_A[name].weight.copy_(torch.eye(2))
+            found.moelora_B[name].weight.copy_(torch.tensor(b))
+            found.moelora_router[name].weight.zero_()
+    x = torch.tensor([1.0, 2.0])
+    assert found(x).tolist() == pytest.approx([2.5, 1.0])
+    found.set_adapter(["default", "two"])
+    assert found(x).tolist() == pytest.approx([2.5 + 1.0, 1.0 + 0.5])
+
+
+def test_a_layer_that_an_adapter_leaves_out_adds_nothing(tmp_path: Path) -> None:
+    model_with(moelora_config(target_modules=["q_proj"]), seed=1).save_pretrained(str(tmp_path / "1"))
+    model_with(moelora_config(target_modules=["v_proj"]), seed=2).save_pretrained(str(tmp_path / "2"))
+    model = PeftModel.from_pretrained(language_model(), str(tmp_path / "1"), adapter_name="one")
+    model.load_adapter(str(tmp_path / "2"), "two")
+    model.eval()
+    for name, target, seed in (("one", "q_proj", 1), ("two", "v_proj", 2)):
+        model.set_adapter(name, inference_mode=True)
+        alone = model_with(moelora_config(target_modules=[target]), seed=seed)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, alone(IDS).logits)
+            named = model(IDS, adapter_names=[name, "__base__"]).logits
+        assert torch.allclose(named[0], alone(IDS).logits[0], atol=1e-6)
+
+
+def test_names_do_not_outlive_their_call(tmp_path: Path) -> None:
+    model_with(moelora_config()).save_pretrained(str(tmp_path))
+    model = PeftModel.from_pretrained(language_model(), str(tmp_path), adapter_name="one").eval()
+    with pytest.raises(IndexError):
+        model(torch.tensor([[64]]), adapter_names=["__base__"])  # the vocabulary has 64
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_rows_of_a_beam_search_keep_their_names(tmp_path: Path) -> None:
     """Each row becomes as many as there are beams."""
     model_with(moelora_config(), seed=1, std=2.0).save_pretrained(str(tmp_path))
@@ -208,6 +252,8 @@ def test_an_additional_adapter_is_not_trained() -> None:
 
 
 def test_it_is_never_merged() -> None:
+    with pytest.raises(ValueError, match="an adapter of MoELoRALayer is never merged"):
+        layer(2, 2, 2.0).unmerge()
     with pytest.raises(ValueError, match="cannot be merged: what it adds depends on the input"):
         model_with(moelora_config()).merge_and_unload()
 
@@ -234,8 +280,11 @@ class TestAnotherLoader:
         ("change", "said"),
         [
             ({"num_experts": 3}, "num_experts is 3, but it must divide r"),
+            ({"num_experts": 0}, "num_experts is 0, but it must divide r"),
+            ({"r": 0}, r"num_experts is 2, but it must divide r \(0\)"),
             ({"scaling": "sum"}, "scaling is 'sum', allowed: total, expert"),
             ({"router_init": "one"}, "router_init is 'one', allowed: default, zero"),
+            ({"schema_version": 0}, "schema_version of a MOELORA adapter is 0, expected 1"),
             ({"schema_version": 2}, "schema_version of a MOELORA adapter is 2, expected 1"),
         ],
     )
@@ -262,6 +311,11 @@ class TestTypes:
         with pytest.raises(RunFailure, match=r"PEFT has an adapter type LOHA of its own \(peft.tuners.loha"):
             register_type("LOHA", MoELoRAConfig, nn.Module, "loha_")
 
+    def test_a_member_that_works_halfway_is_refused(self) -> None:
+        """As another version of Python might make it."""
+        with pytest.raises(RunFailure, match="the adapter type LOHA cannot be added to PEFT's types on this version"):
+            peft_types._check(PeftType, "LOHA", PeftType.LOKR)
+
     def test_json_and_members(self) -> None:
         assert json.dumps(PeftType["MOELORA"]) == '"MOELORA"'
         assert "MOELORA" in list(PeftType)
@@ -280,6 +334,9 @@ class TestFlags:
         assert refused("--tuner_type", "moelora", "--moe_lora_num_experts", "3") == (
             "--moe_lora_num_experts is 3, allowed: a whole number that divides --lora_rank (8)"
         )
+        assert refused("--tuner_type", "moelora", "--lora_rank", "6") == (
+            "--moe_lora_num_experts is 8, allowed: a whole number that divides --lora_rank (6)"
+        )
         assert "allowed: a whole number >= 1" in refused("--tuner_type", "moelora", "--moe_lora_num_experts", "0")
 
     def test_flag_of_the_tuner_without_it(self) -> None:
@@ -295,8 +352,29 @@ class TestFlags:
         said = refused("--tuner_type", "moelora", "--moe_lora_scaling", "sum")
         assert said == "--moe_lora_scaling is 'sum', allowed: total, expert"
 
+    @pytest.mark.parametrize(("experts", "warns"), [(3, True), (2, False), (1, False)])
+    def test_experts_of_rank_1_are_told(self, experts: int, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+        """Three experts that share a rank of 3; not two that share 4, nor the one of a rank of 1."""
+        rank = {3: 3, 2: 4, 1: 1}[experts]
+        args = SimpleNamespace(
+            lora_rank=rank, lora_alpha=8, lora_dropout=0.0, task_type="causal_lm", target_modules=["q_proj"]
+        )
+        model = language_model()
+        model.model_meta = SimpleNamespace(is_multimodal=False)
+        MoELoRA.prepare_model(args, MoELoRASettings(num_experts=experts), model)
+        assert [record.message for record in caplog.records if record.name == "swift_cl"] == [
+            f"moelora: --lora_rank {rank} over {experts} experts gives experts of rank 1; the paper's have rank 16"
+        ] * warns
+
     @pytest.mark.parametrize(
-        "flags", [("--use_dora", "true"), ("--lora_bias", "all"), ("--init_weights", "pissa"), ("--use_rslora", "true")]
+        "flags",
+        [
+            ("--use_dora", "true"),
+            ("--lora_bias", "all"),
+            ("--init_weights", "pissa"),
+            ("--use_rslora", "true"),
+            ("--target_parameters", "experts"),
+        ],
     )
     def test_settings_of_lora_that_it_has_not(self, flags: tuple[str, str]) -> None:
         assert refused("--tuner_type", "moelora", *flags).startswith(
