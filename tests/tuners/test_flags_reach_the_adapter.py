@@ -67,6 +67,20 @@ OWN: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 }  # fmt: skip
 
 
+def made(name: str, settings: dict[str, Any], tiny_base: Path) -> Any:
+    """The small model with a new adapter, as the first task makes it."""
+    tuner, model = get_tuner(name), language_model()
+    architecture = SimpleNamespace(mlp="model.layers.{}.mlp")
+    model.model_meta = SimpleNamespace(is_multimodal=False, model_arch=architecture)
+    model.model_dir = str(tiny_base)
+    config: Any = tuner.config_class(**settings)
+    if name == "prompt_tuning" and "init_text" in settings:  # its tokens are beyond the small model's vocabulary
+        return SimpleNamespace(peft_config={"default": tuner.peft_config(None, config, model)})
+    wrapped = tuner.prepare_model(SimpleNamespace(**SWIFT), config, model)
+    tuner.configure(config, wrapped)
+    return wrapped
+
+
 def test_every_setting_of_every_tuner_is_tried() -> None:
     assert sorted(OWN) == sorted(FROM_SWIFT) == NAMES
     for name in NAMES:
@@ -84,17 +98,10 @@ def test_what_was_set_stands_in_the_configuration(
     from swift_cl.tuners.soft_prompt import start
 
     monkeypatch.setattr(start, "tokens_of", lambda model, text: [1, 2])
-    tuner, model = get_tuner(name), language_model()
-    architecture = SimpleNamespace(mlp="model.layers.{}.mlp")
-    model.model_meta = SimpleNamespace(is_multimodal=False, model_arch=architecture)
-    model.model_dir = str(tiny_base)
-    config: Any = tuner.config_class(**settings)
-    if name == "prompt_tuning" and "init_text" in settings:  # its tokens are beyond the small model's vocabulary
-        found = tuner.peft_config(None, config, model)
-    else:
-        wrapped = tuner.prepare_model(SimpleNamespace(**SWIFT), config, model)
-        tuner.configure(config, wrapped)
-        found = wrapped.peft_config["default"]
+    found = made(name, settings, tiny_base).peft_config["default"]
+    assert found.task_type == "CAUSAL_LM"
+    if "init_text" in settings and name == "prompt_tuning":
+        assert found.tokenizer_name_or_path == str(tiny_base)
     said = {key: getattr(found, key) for key in wanted}
     assert {key: getattr(value, "value", value) for key, value in said.items()} == wanted
 
