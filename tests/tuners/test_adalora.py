@@ -14,7 +14,13 @@ from torch import nn
 from swift_cl.errors import UserError
 from swift_cl.training.flags import check_method_flags
 from swift_cl.tuners.adalora import AdaLoRA
-from swift_cl.tuners.adalora.allocation import Allocation, load_importance, orthogonality_penalty, set_schedule
+from swift_cl.tuners.adalora.allocation import (
+    Allocation,
+    base_of,
+    load_importance,
+    orthogonality_penalty,
+    set_schedule,
+)
 from tests.support.fake_context import FakeContext, FakeGradients
 from tests.support.tiny_lora import language_model
 
@@ -44,8 +50,18 @@ class FakeSession:
         for name, parameter in ctx.parameters.items():
             parameter.grad = grads[name]
         optimizer.step()
+        for parameter in ctx.parameters.values():
+            parameter.grad.zero_()  # as an engine may before anyone asks
         for watcher in self.watchers:
             watcher.after_step(ctx)
+
+
+def begin(model: Any, steps: int, session: FakeSession | None = None, resumed: Path | None = None) -> Allocation:
+    """The callback of a training of that many steps."""
+    callback = Allocation(None, SimpleNamespace(cl_session=session))
+    args = SimpleNamespace(resume_from_checkpoint=resumed and str(resumed))
+    callback.on_train_begin(args, SimpleNamespace(max_steps=steps), None, model=model)
+    return callback
 
 
 def trained(steps: int = 6, session: FakeSession | None = None, made: int | None = None) -> Any:
@@ -53,15 +69,12 @@ def trained(steps: int = 6, session: FakeSession | None = None, made: int | None
     torch.manual_seed(0)
     model = get_peft_model(language_model(), config())
     model.peft_config["default"].cl_shares = (0.1, 0.3)
-    callback = Allocation(None, SimpleNamespace(cl_session=session))
-    args, state = SimpleNamespace(resume_from_checkpoint=None), SimpleNamespace(max_steps=steps, global_step=0)
-    callback.on_train_begin(args, state, None, model=model)
+    callback = begin(model, steps, session)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps if made is None else made):
         model(input_ids=IDS, labels=IDS).loss.backward()
         session.step(model, optimizer, step) if session else optimizer.step()
-        state.global_step = step
-        callback.on_optimizer_step(args, state, None, model=model)
+        callback.on_optimizer_step(None, SimpleNamespace(global_step=step), None, model=model)
         optimizer.zero_grad()
     return model.eval()
 
@@ -135,6 +148,10 @@ def test_a_file_holds_all_triplets_and_the_next_task_can_use_them(tmp_path: Path
     assert sorted(file.name for file in (tmp_path / "adapter").glob("*.safetensors")) == ["adapter_model.safetensors"]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert all(tensor.shape[0] == 4 for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_E")))
+    live = AdaLoRA.live_tensors(model)
+    assert {name: tensor.shape for name, tensor in live.items()} == {n: tensor.shape for n, tensor in tensors.items()}
+    pattern = model.peft_config["default"].rank_pattern
+    assert sum(sum(rows) for rows in pattern.values()) == 2 * MATRICES  # a run goes on with it after a checkpoint
     served = AdaLoRA.load(language_model(), tmp_path / "adapter", False).eval()
     again = AdaLoRA.load(language_model(), tmp_path / "adapter", True)
     assert torch.equal(logits(served), logits(model))
@@ -165,9 +182,39 @@ def test_importance_travels_with_a_checkpoint(tmp_path: Path) -> None:
         load_importance(other.base_model, tmp_path)
 
 
+def test_a_resumed_run_goes_on_with_schedule_importances_and_what_is_taken(tmp_path: Path) -> None:
+    """Steps 5 and 6 of 10, both from the weights of the checkpoint after step 4."""
+    folder = tmp_path / "checkpoint-4"
+    half = trained(10, made=4)
+    AdaLoRA.save(half, folder, None)
+    again = AdaLoRA.load(language_model(), folder, True)
+    begin(again, 10, resumed=folder)
+    resumed = again.peft_config["default"]
+    assert (resumed.total_step, resumed.tinit, resumed.tfinal) == (10, 1, 3)
+    assert kept(again) == kept(half) == 15 - 2
+    for step in (5, 6):
+        found = []
+        for model in (half, again):
+            model.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            model.base_model.update_and_allocate(step)
+            allocator, pattern = model.base_model.rankallocator, model.peft_config["default"].rank_pattern
+            found.append((allocator.exp_avg_ipt, allocator.exp_avg_unc, pattern))
+        for one, two in zip(*(each[:2] for each in found), strict=True):
+            assert one.keys() == two.keys()
+            assert all(torch.allclose(one[name], two[name], atol=1e-9) for name in one)
+        assert found[0][2] == found[1][2]
+
+
+def test_wrapped_by_an_engine() -> None:
+    model = get_peft_model(language_model(), config())
+    assert base_of(SimpleNamespace(module=model)) is base_of(model) is model.base_model
+
+
 def test_too_few_steps_are_refused() -> None:
     with pytest.raises(UserError, match="--tuner_type adalora needs at least 3 steps, this training has 2"):
         trained(steps=2)
+    assert kept(trained(steps=3)) == 2 * MATRICES
 
 
 def test_in_a_stage_the_same_triplets_are_taken() -> None:
@@ -195,16 +242,20 @@ def test_in_a_stage_the_loss_is_that_of_the_data_and_the_gradient_has_the_penalt
     torch.manual_seed(0)
     model, session = get_peft_model(language_model(), config(orth_reg_weight=0.5)), FakeSession()
     model.peft_config["default"].cl_shares = (0.1, 0.3)
+    begin(model, 6)  # a plain `swift sft`
     with_penalty = model(input_ids=IDS, labels=IDS).loss.item()
-    callback = Allocation(None, SimpleNamespace(cl_session=session))
-    args, state = SimpleNamespace(resume_from_checkpoint=None), SimpleNamespace(max_steps=6, global_step=0)
-    callback.on_train_begin(args, state, None, model=model)
+    callback = begin(model, 6, session)
     alone = model(input_ids=IDS, labels=IDS).loss.item()
     ctx = FakeContext(model)
     penalty, pulls = orthogonality_penalty(ctx.weights())
     assert with_penalty == pytest.approx(alone + 0.5 * penalty.item(), rel=1e-5)
     grads = FakeGradients({name: torch.zeros_like(p) for name, p in ctx.parameters.items()})
+    ctx.is_logging_step = False
+    callback.before_method(ctx, FakeGradients(grads.values))
+    assert not ctx.logged
+    ctx.is_logging_step = True
     callback.before_method(ctx, grads)
+    assert ctx.logged == {"adalora_orthogonality": penalty.item()}
     assert all(torch.allclose(grads[name], 0.5 * pull) for name, pull in pulls.items())
     assert any(bool(pull.any()) for pull in pulls.values())
 
@@ -216,6 +267,13 @@ def test_in_a_stage_the_loss_is_that_of_the_data_and_the_gradient_has_the_penalt
             ["--adalora_tfinal", "10"],
             "--adalora_tfinal counts steps, which differ from task to task; pass --adalora_fin",
         ),
+        (
+            ["--adalora_tinit", "10"],
+            "--adalora_tinit counts steps, which differ from task to task; pass --adalora_warmup",
+        ),
+        (["--adalora_target_r", "12"], "--adalora_init_r is 12, allowed: a whole number above --adalora_target_r (12)"),
+        (["--adalora_target_r", "0"], "--adalora_init_r is 12, allowed: a whole number above --adalora_target_r (0)"),
+        (["--adalora_final_share", "0.9"], "--adalora_final_share is 0.9, allowed: a number above 0 and below 1 - "),
         (["--adalora_init_r", "8"], "--adalora_init_r is 8, allowed: a whole number above --adalora_target_r (8)"),
         (["--adalora_final_share", "0"], "--adalora_final_share is 0.0, allowed: a number above 0"),
         (["--adalora_warmup_share", "1"], "--adalora_warmup_share is 1.0, allowed: a number from 0 to below 1"),
@@ -227,3 +285,8 @@ def test_refused_flags(flags: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
         check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", "--tuner_type", "adalora", *flags])
     assert str(caught.value).startswith(said)
+
+
+def test_flags_at_the_ends_of_their_ranges() -> None:
+    flags = ["--adalora_warmup_share", "0", "--adalora_final_share", "0.99", "--adalora_init_r", "9"]
+    check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", "--tuner_type", "adalora", *flags])

@@ -89,6 +89,7 @@ def test_adalora_by_hand() -> None:
     assert pair.a.shape == (1, 2)
     out = pair.scale * (pair.b @ (pair.a @ torch.ones(2)))
     assert out.tolist() == pytest.approx([11.99994, 0.0], abs=1e-5)
+    assert AdaLoRA.as_lora(tensors, {"init_r": 2, "lora_alpha": 0})["q"].scale == pytest.approx(2 / 2.00001, abs=1e-9)
 
 
 def test_moelora_by_hand() -> None:
