@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -64,6 +65,7 @@ class TestPrompt:
         earlier = prompt_of(model).earlier
         assert earlier is not None
         assert not earlier.requires_grad
+        assert TUNER.has_buffers  # FSDP2 must know
 
 
 class TestPlace:
@@ -71,7 +73,12 @@ class TestPlace:
         """Two prompt rows 9 behind the padding 0 of each row."""
         mask = torch.tensor([[0, 0, 1], [1, 1, 1], [0, 1, 1]])
         tokens = torch.tensor([[0, 0, 1], [1, 2, 3], [0, 1, 2]])
+        for order in ([0, 1, 2], [1, 2, 0]):  # also where the first row has no padding
+            again = Placed.behind(mask[order], 2)
+            assert torch.equal(again.take_out(again.put_in(torch.tensor([9, 9]), tokens[order])), tokens[order])
+            assert again.begins is not None
         place = Placed.behind(mask, 2)
+        assert place.put_in(torch.tensor([8, 9]), tokens)[0].tolist() == [0, 0, 8, 9, 1]
         whole = place.put_in(torch.tensor([9, 9]), tokens)
         assert whole.tolist() == [[0, 0, 9, 9, 1], [9, 9, 1, 2, 3], [0, 9, 9, 1, 2]]
         assert torch.equal(place.take_out(whole), tokens)
@@ -94,7 +101,11 @@ class TestPlace:
         embedded = base.get_input_embeddings()(IDS)
         with torch.no_grad():
             whole = base(inputs_embeds=torch.cat([rows.expand(2, -1, -1), embedded], dim=1)).logits
+            without_mask = model(input_ids=IDS).logits
+            from_embeddings = model(inputs_embeds=embedded, attention_mask=torch.ones_like(IDS)).logits
         assert torch.allclose(logits(model), whole[:, 5:], atol=1e-4)
+        assert torch.allclose(without_mask, whole[:, 5:], atol=1e-4)
+        assert torch.allclose(from_embeddings, whole[:, 5:], atol=1e-4)
 
     @pytest.mark.parametrize("left", [True, False])
     def test_a_padded_row_answers_as_it_does_alone(self, left: bool) -> None:
@@ -158,6 +169,16 @@ class TestFile:
         name = next(key for key in one if key.endswith(".earlier"))
         assert torch.equal(one[name], two[name])
 
+    def test_what_was_gathered_is_what_is_saved(self, tmp_path: Path) -> None:
+        """Under ZeRO-3 the live tensors are empty; the earlier prompts are those that were loaded all the same."""
+        TUNER.save(prompted(earlier=2), tmp_path / "1", None)
+        model = TUNER.load(sharp_model(), tmp_path / "1", True)
+        TUNER.save(model, tmp_path / "2", {name: tensor + 1 for name, tensor in model.state_dict().items()})
+        one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("1", "2"))
+        assert len(one) == 2
+        for name, tensor in one.items():
+            assert torch.equal(two[name], tensor + name.endswith(".embedding")), name
+
     def test_adapters_and_the_base_in_turn(self, tmp_path: Path) -> None:
         """Prompts of two lengths beside each other: at stage k task i is asked with the prompts of stage i."""
         for number, earlier in ((1, 0), (2, 3)):
@@ -175,9 +196,15 @@ class TestFile:
         assert torch.allclose(said["two"], logits(prompted(2, earlier=3)), atol=1e-6)
         with torch.no_grad():
             named = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), adapter_names=["one", "one"]).logits
+            nobody = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), adapter_names=["__base__"]).logits
         assert torch.equal(named, said["one"])
-        with pytest.raises(ValueError, match="one soft prompt for all its rows"):
-            model(input_ids=IDS, attention_mask=torch.ones_like(IDS), adapter_names=["one", "two"])
+        assert torch.equal(nobody, logits(sharp_model()))
+        for names in (["one", "two"], ["one", "__base__"]):
+            with pytest.raises(ValueError, match="one soft prompt for all its rows"):
+                model(input_ids=IDS, attention_mask=torch.ones_like(IDS), adapter_names=names)
+        model.base_model.set_adapter(["one", "two"])
+        with pytest.raises(ValueError, match="one soft prompt is active at a time, not one, two"):
+            logits(model)
 
     def test_the_base_model_comes_back(self) -> None:
         base = TUNER.base_of(prompted())
@@ -188,6 +215,24 @@ class TestFile:
         for changes in ({"length": 0}, {"mlp": "mlp3"}, {"hidden_size": 0}, {"earlier": -1}, {"schema_version": 9}):
             with pytest.raises(ValueError, match=next(iter(changes))):
                 config(**changes)
+
+
+def test_a_new_adapter_starts_as_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    TUNER.register()
+    starts: list[Any] = []
+    monkeypatch.setattr(start, "start_at", lambda model, *how: starts.append(how))
+    TUNER.prepare_model(SimpleNamespace(seed=5), TUNER.config_class(init="text", init_text="news"), sharp_model())
+    TUNER.prepare_model(SimpleNamespace(seed=6), TUNER.config_class(), sharp_model())
+    assert starts == [("text", "news", 5), ("vocab", "", 6)]
+
+
+def test_tokens_of_a_text_are_those_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tokenizer:
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [0] * add_special_tokens + [len(word) for word in text.split()]}
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda folder: {"m": Tokenizer()}[folder])
+    assert start.tokens_of(SimpleNamespace(model_dir="m"), "of good news") == [2, 4, 4]
 
 
 class TestStart:
@@ -229,6 +274,21 @@ def test_the_prompts_of_three_tasks_stand_the_newest_first() -> None:
     assert model.peft_config["default"].earlier == 4
 
 
+def test_a_new_prompt_draws_with_a_seed_of_its_own() -> None:
+    """The run's random numbers go on as if there had been none."""
+    found = []
+    for seed in (7, 7, 8):
+        model = get_peft_model(sharp_model(), config(mlp="mlp1"))
+        torch.manual_seed(3)
+        wanted = torch.rand(4)
+        torch.manual_seed(3)
+        put_in_front(model, seed)
+        assert torch.equal(torch.rand(4), wanted)
+        found.append(prompt_of(model).get_parameter("first_weight"))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
 class TestFlags:
     @pytest.mark.parametrize(
         ("flags", "said"),
@@ -243,6 +303,13 @@ class TestFlags:
             ),
             (["--soft_prompt_init", "text"], "--soft_prompt_init_text is '', allowed: a text with --soft_prompt_init"),
             (["--soft_prompt_init_text", "news"], "--soft_prompt_init_text is 'news', allowed: a text with"),
+            (
+                ["--soft_prompt_mlp", "none", "--soft_prompt_bottleneck", "9"],
+                "--soft_prompt_bottleneck is 9, allowed: nothing but the default with --soft_prompt_mlp none",
+            ),
+            (["--soft_prompt_init", "text", "--soft_prompt_init_text", " "], "is ' ', allowed: a text with"),
+            (["--tuner_backend", "unsloth"], "--tuner_backend unsloth does not work with --tuner_type soft_prompt"),
+            (["--modules_to_save", "lm_head"], "--modules_to_save lm_head does not work with --tuner_type soft"),
             (["--task_type", "seq_cls"], "--task_type seq_cls does not work with --tuner_type soft_prompt"),
         ],
     )
@@ -253,6 +320,10 @@ class TestFlags:
             )
         assert said in str(caught.value)
 
+    def test_at_the_ends_of_their_ranges(self) -> None:
+        flags = ["--tuner_type", "soft_prompt", "--soft_prompt_length", "1024", "--soft_prompt_bottleneck", "2"]
+        check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", *flags])
+
     def test_a_model_without_one_backbone(self) -> None:
         from transformers import T5Config, T5ForConditionalGeneration
 
@@ -260,3 +331,7 @@ class TestFlags:
         model = T5ForConditionalGeneration(T5Config(**sizes))
         with pytest.raises(UserError, match="T5ForConditionalGeneration is no language model with one backbone"):
             new_config(model, TUNER.config_class())
+        for name in ("", "decoder"):
+            model = SimpleNamespace(base_model_prefix=name, config=SimpleNamespace(is_encoder_decoder=False))
+            with pytest.raises(UserError, match="SimpleNamespace is no language model with one backbone"):
+                new_config(model, TUNER.config_class())
