@@ -13,6 +13,7 @@ from torch import Tensor
 
 from swift_cl.errors import RunFailure, UserError
 from swift_cl.training.flags import check_method_flags, complete_flags, flag_values
+from swift_cl.tuners import _prompt_model
 from swift_cl.tuners._prompt_model import encoder_of, file_tensors, wrap
 from swift_cl.tuners.registry import get_tuner
 from tests.support.tiny_lora import language_model
@@ -106,10 +107,68 @@ def test_file_and_back(tmp_path: Path, name: str) -> None:
     served, trained = tuner.load(language_model(), tmp_path, False), tuner.load(language_model(), tmp_path, True)
     assert torch.allclose(logits(served.eval())[:, -4:], logits(model), atol=1e-6)
     assert torch.equal(logits(trained.eval()), logits(model))
+    assert trained_weights(trained) == trained_weights(model)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert list(tensors["prompt_embeddings"].shape) == [N, 32 if name == "prefix_tuning" else 16]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["inference_mode"] is True
     assert model.peft_config["default"].inference_mode is False
+
+
+@ALL
+def test_a_resumed_run_reads_its_checkpoint_into_the_live_prompt(tmp_path: Path, name: str) -> None:
+    tuner = get_tuner(name)
+    for seed in (2, 3):
+        tuner.save(prompted(name, seed), tmp_path / str(seed), None)
+    model = prompted(name, 1)
+    assert model.load_adapter(str(tmp_path / "2"), "default", is_trainable=True) is None
+    assert torch.equal(logits(model), logits(prompted(name, 2)))
+    assert trained_weights(model) == trained_weights(prompted(name))
+    model.load_adapter(str(tmp_path / "3"), "beside")
+    assert torch.equal(logits(model), logits(prompted(name, 2)))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(language_model().eval()))
+
+
+def changed(folder: Path, **values: Any) -> Path:
+    """The same file with other settings."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return folder
+
+
+def test_a_prompt_that_started_at_a_text_is_trained_on_without_its_tokenizer(tmp_path: Path) -> None:
+    tuner, model = get_tuner("prompt_tuning"), prompted("prompt_tuning")
+    tuner.save(model, tmp_path, None)
+    text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "news", "tokenizer_name_or_path": "missing"}
+    again = tuner.load(language_model(), changed(tmp_path, **text), True)
+    assert torch.equal(logits(again.eval()), logits(model))
+    assert again.peft_config["default"].prompt_tuning_init == "TEXT"
+
+
+@ALL
+def test_an_encoder_of_another_shape_is_not_trained(tmp_path: Path, name: str) -> None:
+    get_tuner(name).save(prompted(name), tmp_path, None)
+    with pytest.raises(
+        UserError, match=r"its encoder does not fit \(embedding.weight.*\), so it can be served but not"
+    ):
+        get_tuner(name).load(language_model(), changed(tmp_path, num_virtual_tokens=N + 1), True)
+
+
+def test_what_is_kept_has_the_precision_of_the_encoder(tmp_path: Path) -> None:
+    model = prompted("p_tuning")
+    encoder_of(model).bfloat16()
+    get_tuner("p_tuning").save(model, tmp_path, None)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_an_encoder_in_parts_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of live tensors that an engine holds in parts only the names count, and that they are the parameters."""
+    monkeypatch.setattr(_prompt_model, "is_partitioned", lambda tensor: True)
+    model = prompted("p_tuning")
+    found = get_tuner("p_tuning").live_tensors(model)
+    assert {name for name in found if name.startswith("encoder.")} | {"prompt_embeddings"} == found.keys()
+    for name, parameter in encoder_of(model).named_parameters():
+        assert found[f"encoder.{name}"] is parameter
 
 
 def test_what_is_kept_is_what_the_encoder_computes(tmp_path: Path) -> None:
@@ -234,6 +293,14 @@ class TestFlags:
             ),
             ("prompt_tuning", ["--use_logits_to_keep", "true"], "which needs false"),
             (
+                "prompt_tuning",
+                ["--prompt_tuning_init", "text", "--prompt_tuning_init_text", " "],
+                "--prompt_tuning_init_text is ' ', allowed: a text with",
+            ),
+            ("prompt_tuning", ["--tuner_backend", "unsloth"], "--tuner_backend unsloth does not work with --tuner_"),
+            ("prefix_tuning", ["--modules_to_save", "lm_head"], "--modules_to_save lm_head does not work with --"),
+            ("p_tuning", ["--p_tuning_encoder", "lstm", "--p_tuning_num_layers", "0"], "num_layers is 0, allowed: a"),
+            (
                 "prefix_tuning",
                 ["--prefix_tuning_hidden_size", "0"],
                 "--prefix_tuning_hidden_size is 0, allowed: a whole",
@@ -256,6 +323,10 @@ class TestFlags:
     )
     def test_refused(self, name: str, flags: list[str], said: str) -> None:
         assert said in refused("--tuner_type", name, *flags)
+
+    def test_an_lstm_has_layers_and_dropout(self) -> None:
+        flags = ["--p_tuning_encoder", "lstm", "--p_tuning_num_layers", "3", "--p_tuning_dropout", "0.1"]
+        check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", "--tuner_type", "p_tuning", *flags])
 
     def test_a_learning_rate_of_its_own_where_none_is_given(self) -> None:
         flags = ["--model", "m", "--tuner_type", "prompt_tuning"]
