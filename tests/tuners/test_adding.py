@@ -12,6 +12,7 @@ import torch
 from swift_cl.errors import UserError
 from swift_cl.stages import load_stage
 from swift_cl.tuners import registry
+from swift_cl.tuners.moelora import MoELoRA
 from swift_cl.tuners.registry import get_tuner, tuners
 from tests.conftest import ROOT
 from tests.support.train import MODEL, TASKS, adapter, train_stage
@@ -84,11 +85,30 @@ def test_a_plug_in_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch, value:
     tuners.cache_clear()
 
 
-def test_a_name_or_type_that_is_taken_is_named(monkeypatch: pytest.MonkeyPatch, example: None) -> None:
-    monkeypatch.setattr(get_tuner("gain"), "peft_type", "MOELORA")
+@pytest.mark.parametrize(
+    ("what", "value", "owner"),
+    [
+        ("peft_type", "MOELORA", r"swift_cl\.tuners\.moelora"),
+        ("name", "moelora", r"swift_cl\.tuners\.moelora"),
+        ("name", "lora", "ms-swift"),
+    ],
+)
+def test_a_name_or_type_that_is_taken_is_named(
+    monkeypatch: pytest.MonkeyPatch, example: None, what: str, value: str, owner: str
+) -> None:
+    gain = get_tuner("gain")
+    monkeypatch.setattr(gain, what, value)
     tuners.cache_clear()
-    with pytest.raises(UserError, match=r"uses the name 'gain' or the type MOELORA, which is taken by swift_cl\.tun"):
+    said = f"uses the name {gain.name!r} or the type {gain.peft_type}, which is taken by {owner}"
+    with pytest.raises(UserError, match=said):
         tuners()
+
+
+def test_a_tuner_of_ours_may_have_an_entry_point_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_points(monkeypatch, EntryPoint("moelora", "swift_cl.tuners.moelora:MoELoRA", registry.ENTRY_POINT_GROUP))
+    assert tuners()["moelora"] is MoELoRA
+    monkeypatch.undo()
+    tuners.cache_clear()
 
 
 def test_an_unknown_tuner_is_named() -> None:
