@@ -109,7 +109,15 @@ def test_number_of_trained_weights() -> None:
 
 @pytest.mark.parametrize(
     ("steps", "shares", "first", "last"),
-    [(100, (0.1, 0.3), 10, 30), (10, (0.1, 0.3), 1, 3), (4, (0.1, 0.3), 0, 1), (3, (0.5, 0.4), 1, 1)],
+    [
+        (100, (0.1, 0.3), 10, 30),
+        (10, (0.1, 0.3), 1, 3),
+        (4, (0.1, 0.3), 0, 1),
+        (3, (0.5, 0.4), 1, 1),
+        (3, (0.1, 0.3), 0, 1),  # at least one step with the final triplets,
+        (4, (0.0, 0.99), 0, 2),  # two before them, one that measures and one that takes away,
+        (3, (0.7, 0.29), 1, 1),  # the second of which is behind the first ones
+    ],
 )
 def test_schedule(steps: int, shares: tuple[float, float], first: int, last: int) -> None:
     found = config()

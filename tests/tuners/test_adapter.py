@@ -162,8 +162,8 @@ def test_refused_flags(flags: list[str], said: str) -> None:
 
 
 def test_width_and_activation_are_flags_of_ms_swift() -> None:
-    flags = ["--tuner_type", "adapter", "--adapter_length", "64", "--adapter_act", "relu"]
-    check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", *flags])
+    for flags in ([], ["--adapter_length", "64", "--adapter_act", "relu"]):
+        check_method_flags(["--model", "m", "--cl_method", "seq", "--cl_task", "t", "--tuner_type", "adapter", *flags])
 
 
 def test_an_unknown_activation_is_refused() -> None:
