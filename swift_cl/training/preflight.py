@@ -125,7 +125,12 @@ def check_adapter(adapter: Path, model: str | None, given: dict[str, list[str]],
             f"{first(given, 'tuner_type') or 'lora'} does not continue"
         )
     for flag, key in (tuner.fixed if tuner else FIXED).items():
-        if given.get(flag) and key in config and not _same_value(given[flag][0], config[key]):
+        if not given.get(flag) or key not in config:
+            continue
+        value = given[flag][0]
+        if tuner and flag in tuner.zero_means and _same_value(value, 0):
+            value = str(config[tuner.zero_means[flag]])
+        if not _same_value(value, config[key]):
             raise UserError(
                 f"--{flag} is {given[flag][0]}, but the adapter that is continued ({adapter}) has {config[key]}"
             )

@@ -68,6 +68,7 @@ class Tuner:
         support: what it supports.
         has_buffers: whether there are buffers among its weights.
         fixed: flag -> key of `adapter_config.json`: what a later task may not change.
+        zero_means: flag of `fixed` -> key of `adapter_config.json` whose value a 0 stands for.
         required: flag -> value of ms-swift's that it needs: set where it is not given, refused where it differs.
         defaults: flag -> value that replaces ms-swift's default where nothing is given.
         no_lora: why none of its adapters is a plain LoRA, for those that do not override `as_lora`.
@@ -84,6 +85,7 @@ class Tuner:
     support: ClassVar[TunerSupport] = TunerSupport()
     has_buffers: ClassVar[bool] = False
     fixed: ClassVar[Mapping[str, str]] = {}
+    zero_means: ClassVar[Mapping[str, str]] = {}
     required: ClassVar[Mapping[str, str]] = {}
     defaults: ClassVar[Mapping[str, str]] = {}
     no_lora: ClassVar[str] = "what it adds to a layer is no product of two matrices"

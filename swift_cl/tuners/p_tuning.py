@@ -47,6 +47,7 @@ class PTuning(PromptTuner):
         "p_tuning_hidden_size": "encoder_hidden_size",
         "p_tuning_num_layers": "encoder_num_layers",
     }
+    zero_means: ClassVar[Mapping[str, str]] = {"p_tuning_hidden_size": "token_dim"}
     required: ClassVar[Mapping[str, str]] = {"use_logits_to_keep": "false"}
     defaults: ClassVar[Mapping[str, str]] = {"learning_rate": "1e-3"}
 

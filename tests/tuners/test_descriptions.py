@@ -83,6 +83,18 @@ def test_a_later_task_may_not_change_what_a_file_holds(name: str, tiny_base: Pat
             check_adapter(tmp_path, None, {"tuner_type": [name], flag: ["77"]}, None)
 
 
+@pytest.mark.parametrize(("width", "said"), [(16, "16"), (16, "0"), (24, "24")])
+def test_a_width_of_0_is_the_models_own_for_every_task(width: int, said: str, tiny_base: Path, tmp_path: Path) -> None:
+    tuner = get_tuner("p_tuning")
+    tuner.save(made("p_tuning", {"hidden_size": width}, tiny_base), tmp_path, None)
+    assert read_json(tmp_path / "adapter_config.json")["token_dim"] == 16
+    given = {"tuner_type": ["p_tuning"], "p_tuning_hidden_size": [said]}
+    check_adapter(tmp_path, None, given, None)
+    if width != 16:
+        with pytest.raises(UserError, match=f"--p_tuning_hidden_size is 0, but .* has {width}$"):
+            check_adapter(tmp_path, None, {**given, "p_tuning_hidden_size": ["0"]}, None)
+
+
 @pytest.mark.parametrize(
     "change",
     [
