@@ -109,8 +109,9 @@ def fill(part: Part, model: Path, method: str, work: Path) -> dict[str, Any]:
     best = max(tried, key=lambda rate: tried[rate])
     path, log, cost = write_run(work / "test", part, model, method, best, False), work / "test.log", work / "cost.json"
     if not cost.is_file():
+        continued = any((work / "test").glob("runs/**/stage.json"))  # what was trained before the stop is not timed
         seconds, memory = swift_cl(log, "run", str(path), "--mode", "train_only")
-        write_json(cost, {"cpu_seconds": round(seconds, 1), "memory_mb": round(memory)})
+        write_json(cost, {"cpu_seconds": None if continued else round(seconds, 1), "memory_mb": round(memory)})
     swift_cl(log, "run", str(path))
     found = scores(work / "test")
     return {

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from swift_cl.methods.registry import get_method, methods
-from tests.benchmarks.results.page import NOTES, PAGE, RESULTS, cells_of, page_text
+from tests.benchmarks.results.page import NOTES, PAGE, RESULTS, cells_of, page_text, ratio
 from tests.benchmarks.results.parts import PARTS, SHARED, fits, write_benchmark
 from tests.benchmarks.results.settings import SETTINGS, SHARE, flags_of
 from tests.benchmarks.results.warm_base import examples
@@ -19,6 +19,12 @@ from tests.benchmarks.results_table import write_run
 def test_page_is_that_of_the_cells() -> None:
     """Otherwise: python -m tests.benchmarks.results_table table."""
     assert PAGE.read_text() == page_text()
+
+
+def test_a_time_that_is_not_known_is_a_dash() -> None:
+    cells = {"seq": {"cpu_seconds": 50.0}, "gem": {"cpu_seconds": 75.0}, "ssr": {"cpu_seconds": None}}
+    assert [ratio(cells, name, "cpu_seconds") for name in ("gem", "ssr")] == ["1.50x", "-"]
+    assert ratio({**cells, "seq": {"cpu_seconds": None}}, "gem", "cpu_seconds") == "-"
 
 
 def test_every_cell_and_note_is_of_a_part_and_a_method() -> None:

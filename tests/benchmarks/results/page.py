@@ -42,7 +42,8 @@ not the papers' numbers.
   fit are in `tests/benchmarks/results/settings.py` (for {changed}).
 - **time**: processor seconds of the three trainings, start of the command included, over those of `seq`; **memory**:
   peak resident memory over that of `seq`. Two or three cells were measured beside each other: `single`, which does
-  the work of `seq`, took 1.10x on the news and 0.85x on Concept-1K, so that smaller differences say nothing.
+  the work of `seq`, took 1.10x on the news and 0.85x on Concept-1K, so that smaller differences say nothing. A dash: the
+  training was stopped and continued, and only its rest was timed.
 - **claim**: whether the paper's claim, higher Avg.ACC than `seq` (`single`: higher New.ACC), is seen (✓), is
   contradicted (✗), or is undecided because the intervals overlap (open).
 """
@@ -72,8 +73,11 @@ def verdict(method: str, own: Mapping[str, Summary], seq: Mapping[str, Summary] 
 
 
 def ratio(cells: Mapping[str, Mapping[str, Any]], method: str, key: str) -> str:
-    """A measure over that of `seq`."""
-    return f"{cells[method][key] / cells['seq'][key]:.2f}x" if "seq" in cells else ""
+    """A measure over that of `seq`; a dash where one of them is not known."""
+    if "seq" not in cells:
+        return ""
+    own, plain = cells[method][key], cells["seq"][key]
+    return "-" if own is None or plain is None else f"{own / plain:.2f}x"
 
 
 def section(part: Part, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
