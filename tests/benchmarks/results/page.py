@@ -42,8 +42,8 @@ not the papers' numbers.
   fit are in `tests/benchmarks/results/settings.py` (for {changed}).
 - **time**: processor seconds of the three trainings, start of the command included, over those of `seq`; **memory**:
   peak resident memory over that of `seq`. Two or three cells were measured beside each other: `single`, which does
-  the work of `seq`, took 1.10x on the news and 0.85x on Concept-1K, so that smaller differences say nothing. A dash: the
-  training was stopped and continued, and only its rest was timed.
+  the work of `seq`, took 1.10x on the news and 0.85x on Concept-1K, so that smaller differences say nothing. A dash: it
+  was stopped and continued, and only the rest was timed.
 - **claim**: whether the paper's claim, higher Avg.ACC than `seq` (`single`: higher New.ACC), is seen (✓), is
   contradicted (✗), or is undecided because the intervals overlap (open).
 """
